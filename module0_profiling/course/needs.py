@@ -1,0 +1,73 @@
+"""What a gate needs from the machine, and why it is absent.
+
+A need is `cpu`, `cuda`, `cuda:N` (N devices), `triton`, `nvcc`, `compiler` (a host C++ compiler), or the name of a
+Python package; several are joined by commas.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from module0_profiling.course.errors import CourseError
+
+NEED = re.compile(r"cuda:[1-9]\d*|[a-z_][a-z0-9_.]*")
+
+
+def split(needs: str) -> tuple[str, ...]:
+    """`cuda,flashinfer` as a tuple.
+
+    Raises:
+        CourseError: empty, or a need that is spelt like none of them.
+    """
+    found = tuple(need.strip() for need in needs.split(","))
+    for need in found:
+        if not NEED.fullmatch(need):
+            raise CourseError(f"needs {need!r} is not cpu, cuda, cuda:N, triton, nvcc, compiler or a Python package")
+    return found
+
+
+def absent(needs: str) -> str | None:
+    """The first need that this machine lacks, as `needs cuda:2, 1 device is here`; None when all are met."""
+    return next((reason for need in split(needs) if (reason := _absent(need))), None)
+
+
+def _absent(need: str) -> str | None:
+    if need == "cpu":
+        return None
+    if need == "cuda" or need.startswith("cuda:"):
+        return _absent_cuda(need)
+    if need == "nvcc":
+        return None if _nvcc() else "needs nvcc, there is none on PATH or in CUDA_HOME"
+    if need == "compiler":
+        names = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
+        return None if any(name and shutil.which(name) for name in names) else "needs a C++ compiler, none is on PATH"
+    return None if _installed(need) else f"needs the Python package {need}, it is not installed"
+
+
+def _absent_cuda(need: str) -> str | None:
+    if not _installed("torch"):
+        return f"needs {need}, PyTorch is not installed"
+    import torch
+
+    wanted = int(need.partition(":")[2] or 1)
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return None if here >= wanted else f"needs {need}, {here} CUDA device{'s' * (here != 1)} here"
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,149 @@
+"""Compiles a ``.cu`` file for the CPU and launches its kernels on numpy arrays."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from module0_profiling.cuda_on_cpu.traffic import CTraffic, Traffic
+from module0_profiling.gpu_tools import CompileError, find_host_compiler
+from module0_profiling.nvrtc import first_error
+
+HERE = Path(__file__).parent
+GUARD = 4096  # bytes around every buffer in which an access counts as out of bounds (kGuard in runtime.cpp)
+KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
+Argument = np.ndarray | int | float
+
+
+class Emulator:
+    """The kernels of one ``.cu`` file, compiled for this CPU.
+
+    Raises ``MissingTool`` without a C++ compiler and ``CompileError`` when the file does not compile.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.kernels = tuple(KERNEL.findall(_without_comments(source.read_text())))
+        self._library = ctypes.CDLL(str(_build(source, self.kernels)))
+
+    def launch(self, kernel: str, grid: Sequence[int], block: Sequence[int], args: Sequence[Argument]) -> Traffic:
+        """Runs ``kernel`` over ``grid`` x ``block`` (x, y, z; missing sizes are 1) and returns what it moved.
+
+        Arrays are copied in and out, ints go as ``int``, floats as ``float``. Raises ValueError for an unknown
+        kernel, a wrong number of arguments, or threads that wait for each other for ever.
+        """
+        if kernel not in self.kernels:
+            raise ValueError(f"{self.source.name} has no kernel {kernel!r}: it has {', '.join(self.kernels)}")
+        arity = int(getattr(self._library, f"cpu_arity_{kernel}")())
+        if arity != len(args):
+            raise ValueError(f"{kernel} takes {arity} arguments, got {len(args)}")
+        boxes = [_Guarded(a) if isinstance(a, np.ndarray) else _scalar(a) for a in args]
+        buffers = [box for box in boxes if isinstance(box, _Guarded)]
+        pointers = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(_value(box)) for box in boxes))
+        addresses = (ctypes.c_size_t * len(buffers))(*(b.pointer.value or 0 for b in buffers))
+        sizes = (ctypes.c_size_t * len(buffers))(*(b.array.nbytes for b in buffers))
+        counts = CTraffic()
+        entry = ctypes.cast(getattr(self._library, f"cpu_call_{kernel}"), ctypes.c_void_p)
+        status = self._library.cpu_launch(
+            entry, _sizes(grid), _sizes(block), pointers, len(buffers), addresses, sizes, ctypes.byref(counts)
+        )
+        if status != 0:
+            raise ValueError(f"{kernel}: the threads of a block wait at different barriers for ever")
+        for buffer in buffers:
+            buffer.copy_back()
+        return counts.freeze()
+
+
+def emulator(source: Path) -> Emulator:
+    """The emulator of a file, compiled once per process and version of the file."""
+    return _cached(source.resolve(), source.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _cached(source: Path, _modified: int) -> Emulator:
+    return Emulator(source)
+
+
+class _Guarded:
+    """An array copied between two guard zones of NaN, aligned as a GPU allocation is (256 bytes)."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self._store = np.full(array.nbytes + 2 * GUARD + 256, 0xFF, dtype=np.uint8)
+        self._start = GUARD + (-(self._store.ctypes.data + GUARD)) % 256
+        self._inner[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        self.pointer = ctypes.c_void_p(self._store.ctypes.data + self._start)
+
+    @property
+    def _inner(self) -> np.ndarray:
+        return self._store[self._start : self._start + self.array.nbytes]
+
+    def copy_back(self) -> None:
+        if self.array.flags.writeable:
+            self.array[...] = self._inner.view(self.array.dtype).reshape(self.array.shape)
+
+
+def _value(box: _Guarded | ctypes.c_int | ctypes.c_float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    return box.pointer if isinstance(box, _Guarded) else box
+
+
+def _scalar(value: int | float) -> ctypes.c_int | ctypes.c_float:
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def _sizes(shape: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
+    return (ctypes.c_uint * 3)(*(*shape, 1, 1, 1)[:3])
+
+
+def _build(source: Path, kernels: tuple[str, ...]) -> Path:
+    compiler, folder = find_host_compiler(), _build_folder()
+    key = re.sub(r"\W", "_", str(source.resolve())) + f"_{source.stat().st_mtime_ns}"
+    unit, obj, library = (folder / (key + end) for end in (".cpp", ".o", ".so"))
+    entries = [f'extern "C" void cpu_call_{k}(void** args) {{ cpu_call(&{k}, args); }}' for k in kernels]
+    arities = [f'extern "C" int cpu_arity_{k}() {{ return cpu_arity(&{k}); }}' for k in kernels]
+    unit.write_text(
+        "\n".join([f'#include "{HERE / "device.h"}"', f'#include "{source.resolve()}"', *entries, *arities])
+    )
+    # -O0 on purpose: what is counted is what the source says, not what one optimiser made of it.
+    flags = ["-std=c++17", "-O0", "-fPIC", "-w", "-fsanitize=thread"]
+    if sys.platform != "darwin" and "clang" not in compiler.name:
+        flags.append("-fno-gnu-unique")  # else templates of two libraries share their static arrays
+    _run([str(compiler), *flags, "-c", str(unit), "-o", str(obj)], source)
+    _run([str(compiler), "-shared", str(obj), str(_runtime()), "-o", str(library)], source)
+    return library
+
+
+@lru_cache(maxsize=1)
+def _runtime() -> Path:
+    obj = _build_folder() / "runtime.o"
+    source = HERE / "runtime.cpp"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-w", *(["-D_XOPEN_SOURCE=700"] if sys.platform == "darwin" else [])]
+    _run([str(find_host_compiler()), *flags, "-c", str(source), "-o", str(obj)], source)
+    return obj
+
+
+@lru_cache(maxsize=1)
+def _build_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="titan-cuda-on-cpu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _run(command: list[str], source: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompileError(f"{Path(command[0]).name}: {source.name}: {first_error(done.stderr)}")
+
+
+def _without_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)

@@ -1,0 +1,145 @@
+"""This machine's peaks: measured once, kept per fingerprint, used in preference to any datasheet.
+
+A datasheet says what a chip could do; a measurement says what a program in torch can reach on this machine today. The
+engine's efficiency is stated against the second. `device.py` finds the hardware, `peak_measure.py` runs the loops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from module0_profiling.device import Device, DeviceError, describe_machine, detect
+from module0_profiling.results import write_atomically
+from module0_profiling.roofline import Roof
+
+__all__ = ["Device", "DeviceError", "Peaks", "best_known_peaks", "datasheet_peaks", "describe_machine", "detect"]
+__all__ += ["measured_peaks"]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The ceilings of one device.
+
+    Attributes:
+        read_bandwidth: bytes/s of a read-only pass; what decoding is bound by.
+        copy_bandwidth: bytes/s of a copy, bytes read plus bytes written.
+        matmul: dtype name ("bfloat16") -> FLOP/s of a square matrix product. Dtypes that crawl are left out.
+        source: "measured" or "datasheet".
+        read_method: which loop reached `read_bandwidth`, e.g. "float32 sum".
+        fingerprint: of the device.
+        load: processes that were running when it was measured (1-minute load average); above 0.5 a core, measure again.
+    """
+
+    read_bandwidth: float
+    copy_bandwidth: float
+    matmul: dict[str, float] = field(default_factory=dict)
+    source: str = "measured"
+    read_method: str = ""
+    fingerprint: str = ""
+    load: float = 0.0
+
+    def roof(self, dtype: str = "bfloat16") -> Roof:
+        """The roofline of a dtype: its matmul rate over the read bandwidth.
+
+        Raises:
+            KeyError: when the device has no rate for that dtype; the message names those it has.
+        """
+        if dtype not in self.matmul:
+            raise KeyError(f"no matmul rate for {dtype}, only for {', '.join(self.matmul) or 'nothing'}")
+        return Roof(flops=self.matmul[dtype], bandwidth=self.read_bandwidth, name=dtype)
+
+
+def measured_peaks(device: Device | None = None, *, refresh: bool = False) -> Peaks:
+    """The measured peaks of a device (default: the fastest here), from the cache or, once, in under 3 s on a CPU.
+
+    A benchmark that publishes a share of the peak passes `refresh=True`, so that both come from the same run: that
+    returns what was measured now, even where the cache keeps a higher value from a quieter time.
+    A cache that cannot be read or written costs a new measurement, never an error.
+    """
+    device = device or detect()
+    if not refresh and (known := _read_cache().get(device.fingerprint)):
+        return known
+    from module0_profiling.peak_measure import measure
+
+    peaks, cached = measure(device), _read_cache()
+    kept = cached.get(device.fingerprint)
+    busy = peaks.load > 0.5 * max(1, device.units) and device.kind == "cpu"
+    _write_cache({**cached, device.fingerprint: _higher(kept, peaks) if kept and busy else peaks})
+    return peaks
+
+
+def _higher(kept: Peaks, new: Peaks) -> Peaks:
+    """The better of two measurements, rate by rate: a busy neighbour can only lower what is measured."""
+    matmul = {
+        dtype: max(kept.matmul.get(dtype, 0.0), new.matmul.get(dtype, 0.0)) for dtype in {**kept.matmul, **new.matmul}
+    }
+    winner = max(kept, new, key=lambda peaks: peaks.read_bandwidth)
+    return replace(winner, copy_bandwidth=max(kept.copy_bandwidth, new.copy_bandwidth), matmul=matmul)
+
+
+def best_known_peaks(device: Device) -> Peaks | None:
+    """Peaks without measuring anything: the cached measurement, else the datasheet, else None."""
+    return _read_cache().get(device.fingerprint) or datasheet_peaks(device.name)
+
+
+def datasheet_peaks(name: str) -> Peaks | None:
+    """Datasheet peaks of a GPU by a word of its name ("h200", "NVIDIA H200"), or None when it is not listed.
+
+    Slower variants that share the word (PCIe, NVL, laptop, 40 GB) are not listed, rather than given the wrong peaks.
+    """
+    words = set(name.lower().replace("-", " ").split())
+    if words & OTHER_VARIANTS:
+        return None
+    return next((peaks for key, peaks in DATASHEETS.items() if key in words), None)
+
+
+def _sheet(name: str, bandwidth: float, **tflops: float) -> Peaks:
+    matmul = {dtype: rate * 1e12 for dtype, rate in tflops.items()}
+    return Peaks(bandwidth, bandwidth, matmul, source="datasheet", fingerprint=name)
+
+
+OTHER_VARIANTS = {"pcie", "nvl", "laptop", "d", "40gb"}
+# Dense rates, no sparsity, tensor cores with float32 accumulation except the float32 rate (CUDA cores).
+DATASHEETS = {
+    # NVIDIA Ada GPU architecture whitepaper v2.1, table 2
+    "4090": _sheet("RTX 4090", 1008e9, bfloat16=165.2, float16=165.2, float32=82.6),
+    # NVIDIA A100 datasheet, 80 GB SXM column
+    "a100": _sheet("A100 SXM 80GB", 2039e9, bfloat16=312, float16=312, float32=19.5),
+    # NVIDIA H100 datasheet, SXM column, halved from "with sparsity"
+    "h100": _sheet("H100 SXM", 3350e9, bfloat16=989.5, float16=989.5, float32=67),
+    # NVIDIA H200 datasheet, SXM column, halved from "with sparsity"
+    "h200": _sheet("H200 SXM", 4800e9, bfloat16=989.5, float16=989.5, float32=67),
+    # NVIDIA HGX B200 specification, divided by its 8 GPUs, halved from "with sparsity"
+    "b200": _sheet("B200", 8000e9, bfloat16=2250, float16=2250, float32=75),
+}
+
+
+def cache_path() -> Path:
+    """Where measured peaks are kept: $XDG_CACHE_HOME/titaninfer/peaks.json, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "titaninfer" / "peaks.json"
+
+
+def _read_cache() -> dict[str, Peaks]:
+    try:
+        entries = json.loads(cache_path().read_text(encoding="utf-8"))
+        peaks = {fingerprint: Peaks(**entry) for fingerprint, entry in entries.items()}
+        return {fingerprint: p for fingerprint, p in peaks.items() if _plausible(p)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _plausible(peaks: Peaks) -> bool:
+    rates = (peaks.read_bandwidth, peaks.copy_bandwidth, *peaks.matmul.values())
+    return all(isinstance(rate, int | float) and rate > 0 for rate in rates) and bool(peaks.matmul)
+
+
+def _write_cache(peaks: dict[str, Peaks]) -> None:
+    entries = {fingerprint: asdict(p) for fingerprint, p in peaks.items()}
+    try:
+        write_atomically(cache_path(), json.dumps(entries, indent=2, sort_keys=True) + "\n")
+    except OSError:
+        return  # a read-only home is no reason to fail: the next run measures again

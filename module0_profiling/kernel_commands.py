@@ -1,0 +1,103 @@
+"""``titan kernels``: the static report of every kernel of every room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from module0_profiling.static_report import KernelReport
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to ``app``."""
+    app.command("kernels")(kernels)
+
+
+def kernels(
+    room: Annotated[str, typer.Option(help="Only rooms whose name contains this, such as phase0.")] = "",
+    arch: Annotated[str, typer.Option(help="GPU architectures, comma separated.")] = "sm_80,sm_90,sm_120",
+    threads: Annotated[int, typer.Option(help="Block size of kernels that do not declare one.")] = 0,
+) -> None:
+    """Registers, spills, shared memory, occupancy and instructions of every kernel. Needs no GPU."""
+    from rich.console import Console
+
+    from module0_profiling.gpu_tools import CompileError, MissingTool
+
+    console = Console()
+    archs = tuple(part.strip() for part in arch.split(",") if part.strip())
+    failures = 0
+    for name in (n for n in rooms_with_kernels() if room in n):
+        reports: list[KernelReport] = []
+        for source in kernel_sources(name):
+            try:
+                reports += report_file(name, source, archs, threads or None)
+            except (MissingTool, CompileError, ValueError) as error:
+                console.print(f"{name}/kernels/{source.name}: {error}", markup=False, soft_wrap=True)
+                failures += 1
+        if reports:
+            console.print(table_of(name, reports))
+    if failures:
+        raise typer.Exit(1)
+
+
+def rooms_with_kernels() -> list[str]:
+    """Rooms (top-level packages beside this one) that have a ``kernels`` folder, in the order of the course."""
+    root = Path(__file__).parent.parent
+    return sorted(p.parent.name for p in root.glob("[mp]*[0-9]_*/kernels") if p.is_dir())
+
+
+def kernel_sources(room: str) -> list[Path]:
+    """The ``.cu`` files of a room and those of its Python files that declare ``AOT`` builds."""
+    folder = Path(__file__).parent.parent / room / "kernels"
+    triton = [p for p in sorted(folder.glob("*.py")) if "\nAOT" in p.read_text()]
+    return sorted(folder.glob("*.cu")) + triton
+
+
+def report_file(room: str, source: Path, archs: tuple[str, ...], threads: int | None) -> list[KernelReport]:
+    """Reports of one file of ``kernel_sources``; raises ``MissingTool`` or ``CompileError``."""
+    from importlib import import_module
+
+    from module0_profiling.gpu_tools import MissingTool
+    from module0_profiling.static_report import report_cuda, report_triton
+
+    if source.suffix == ".cu":
+        return report_cuda(source, archs, threads=threads)
+    try:
+        module = import_module(f"{room}.kernels.{source.stem}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise MissingTool("triton", "the Triton kernels are compiled with it") from error
+    return report_triton(module.AOT, archs, source=source.name)
+
+
+def table_of(title: str, reports: list[KernelReport]) -> Table:
+    """The reports as a rich table; a spill is red because it is nearly always a mistake."""
+    from rich.table import Table
+
+    table = Table(title=f"{title}: kernels (a loop body counts once)", title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    for column in ("arch", "threads", "regs", "spill B", "shared B", "occupancy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("limited by")
+    for column in ("LDG", "of 128 bit", "LDS", "FFMA", "tensor"):
+        table.add_column(column, justify="right")
+    previous = ""
+    for r in reports:
+        if r.kernel != previous and previous:
+            table.add_section()
+        spill = f"[red]{r.spill_bytes}[/red]" if r.spill_bytes else "0"
+        table.add_row(
+            r.kernel if r.kernel != previous else "",
+            *(r.arch, str(r.threads), str(r.registers), spill, str(r.shared_bytes)),
+            *(f"{r.occupancy.fraction:.0%}", r.occupancy.limiter),
+            *(str(n) for n in (r.mix.global_loads, r.mix.vector_loads, r.mix.shared_loads, r.mix.ffma)),
+            str(r.mix.tensor_core),
+        )
+        previous = r.kernel
+    return table

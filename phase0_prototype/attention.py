@@ -1,0 +1,198 @@
+"""Attention over the cache: the interface that every backend of the course implements, and the torch backend.
+
+A backend plans once a step and runs once a layer. The torch backend is the oracle of all later kernels and the path for
+CPUs: decodes of a batch go through one masked `scaled_dot_product_attention` over a slice of the cache; a prompt goes
+through one causal call of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from phase0_prototype.batch import Batch
+from phase0_prototype.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer's attention needs from a backend. Hq query heads share Hkv key/value heads of D numbers."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # tokens that a query sees, itself included; None: all
+
+
+class AttentionBackend(Protocol):
+    """How attention is computed; see `TorchAttention` for shapes."""
+
+    def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
+        """Reasons why this backend can't serve the model on this device; empty: it can."""
+        ...
+
+    def plan(self, batch: Batch, windows: frozenset[int | None]) -> AttentionPlan:
+        """What is the same for every layer of a step."""
+        ...
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt or chunk in the flat batch: its tokens `start..end`, its cache row, its length including the cache."""
+
+    start: int
+    end: int
+    row: int
+    kv_len: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """One step's work: the first `num_decodes` sequences have one new token each, the rest are `sequences`.
+
+    Attributes:
+        slot_mapping: [T] int64, where new keys and values are written.
+        num_decodes: leading sequences of one token whose rows are first_row, first_row + 1, ...
+        kv_len: tokens of the cache that the decodes read (the longest of them, rounded up).
+        masks: for each window, [num_decodes, 1, 1, kv_len] bool, true where the token may be read.
+        sequences: the others.
+        causal: for each (sequence, window) that needs one, [q, kv] bool; absent: plain causal from the first token.
+    """
+
+    slot_mapping: Tensor
+    num_decodes: int
+    first_row: int
+    kv_len: int
+    masks: dict[int | None, Tensor]
+    sequences: tuple[Sequence, ...]
+    causal: dict[tuple[int, int | None], Tensor]
+
+
+class TorchAttention:
+    """`scaled_dot_product_attention` on slices of a contiguous cache; any device, any dtype.
+
+    Args:
+        round_up: decodes read a multiple of this many tokens. A compiled or captured step needs few distinct lengths;
+            eager steps read exactly what is there (1).
+    """
+
+    def __init__(self, round_up: int = 1) -> None:
+        self.round_up = round_up
+
+    def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
+        """Nothing: this backend serves every model on every device."""
+        return []
+
+    def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> AttentionPlan:
+        """Split the batch into decodes, which share one call, and sequences; build the masks that layers share."""
+        rows = [b[0] for b in batch.blocks]
+        decodes = 0
+        while (
+            decodes < batch.num_seqs and batch.query_lens[decodes] == 1 and rows[decodes] == rows[0] + decodes
+        ):  # fmt: skip
+            decodes += 1
+        kv_len = 0
+        masks: dict[int | None, Tensor] = {}
+        if decodes:
+            longest = max(batch.kv_lens[:decodes])
+            kv_len = min(-(-longest // self.round_up) * self.round_up, block_size)
+            masks = {w: _decode_mask(batch.seq_lens[:decodes], kv_len, w) for w in windows}
+        sequences, causal = [], {}
+        start = decodes
+        for i in range(decodes, batch.num_seqs):
+            seq = Sequence(start, start + batch.query_lens[i], rows[i], batch.kv_lens[i])
+            start = seq.end
+            for w in windows:
+                if seq.kv_len > seq.end - seq.start or (w is not None and seq.kv_len > w):
+                    causal[len(sequences), w] = _causal_mask(seq, w, batch.token_ids.device)
+            sequences.append(seq)
+        return AttentionPlan(
+            batch.slot_mapping, decodes, rows[0] if rows else 0, kv_len, masks, tuple(sequences), causal
+        )
+
+    def run(
+        self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        """Write the new keys and values, then attend.
+
+        Args:
+            spec: the layer's shape.
+            q: [T, Hq, D], rotated.
+            k, v: [T, Hkv, D], k rotated.
+            kv: the layer's cache, two of [rows, block_size, Hkv, D].
+            plan: of this step.
+
+        Returns:
+            [T, Hq * D].
+        """
+        keys, values = kv
+        keys.flatten(0, 1).index_copy_(0, plan.slot_mapping, k)
+        values.flatten(0, 1).index_copy_(0, plan.slot_mapping, v)
+        if not plan.sequences:
+            return _decode(spec, q, keys, values, plan)
+        out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
+        if plan.num_decodes:
+            out[: plan.num_decodes] = _decode(spec, q[: plan.num_decodes], keys, values, plan)
+        for i, seq in enumerate(plan.sequences):
+            query = q[seq.start : seq.end].transpose(0, 1).unsqueeze(0)  # [1, Hq, q, D]
+            mask = plan.causal.get((i, spec.window))
+            if seq.kv_len == seq.end - seq.start:  # nothing in the cache before these tokens
+                key, value = k[seq.start : seq.end], v[seq.start : seq.end]
+            else:
+                key, value = keys[seq.row, : seq.kv_len], values[seq.row, : seq.kv_len]
+            attended = sdpa(
+                query,
+                key.transpose(0, 1).unsqueeze(0),
+                value.transpose(0, 1).unsqueeze(0),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=spec.scale,
+                enable_gqa=spec.num_heads != spec.num_kv_heads,
+            )
+            out[seq.start : seq.end] = attended[0].transpose(0, 1).flatten(1)
+        return out
+
+
+def _decode(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
+    """One query token per sequence. Query heads that share a key head become rows of one small matrix product."""
+    n, rows = plan.num_decodes, slice(plan.first_row, plan.first_row + plan.num_decodes)
+    out = sdpa(
+        q.view(n, spec.num_kv_heads, -1, spec.head_dim),  # [B, Hkv, Hq/Hkv, D]
+        keys[rows, : plan.kv_len].transpose(1, 2),  # [B, Hkv, kv, D]
+        values[rows, : plan.kv_len].transpose(1, 2),
+        attn_mask=plan.masks[spec.window],
+        scale=spec.scale,
+    )
+    return out.reshape(n, -1)
+
+
+def _decode_mask(seq_lens: Tensor, kv_len: int, window: int | None) -> Tensor:
+    """[B, 1, 1, kv_len] bool: positions below the sequence's length and within the window of its last token."""
+    position = torch.arange(kv_len, device=seq_lens.device)
+    length = seq_lens.unsqueeze(1)
+    mask = position < length
+    if window is not None:
+        mask &= position >= length - window
+    return mask[:, None, None]
+
+
+def _causal_mask(seq: Sequence, window: int | None, device: torch.device) -> Tensor:
+    """[q, kv] bool for queries that are the last tokens of the sequence."""
+    query = torch.arange(seq.kv_len - (seq.end - seq.start), seq.kv_len, device=device).unsqueeze(1)
+    key = torch.arange(seq.kv_len, device=device)
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
+def default_backend(kv: KVCache) -> TorchAttention:
+    """The backend of phase 0."""
+    return TorchAttention()

@@ -1,0 +1,114 @@
+"""The `titan` commands of phase 0: `generate`, `demo` and `checkpoint`. Imports torch only when a command runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+DEMO_PROMPTS = ("def binary_search(", "class Stack:\n")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    model: Annotated[str, typer.Option(help="Directory, shipped name or hub id.")] = "titan-tiny",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fix the random choices.")] = None,
+    params: Annotated[str, typer.Option(help="More sampling parameters as JSON.")] = "{}",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
+    runner: Annotated[str, typer.Option(help="eager, compile, cuda-graph or auto.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
+    use: Annotated[str, typer.Option(help="Which parts run, as in phase0=mine or phase0=framework.")] = "",
+) -> None:
+    """Generate text, streaming, and print tokens/s and the share of the memory bandwidth."""
+    import sys
+
+    from phase0_prototype.errors import UserError
+    from phase0_prototype.sampling_params import SamplingParams
+
+    try:
+        more = json.loads(params)
+    except json.JSONDecodeError as error:
+        raise UserError(f'--params {params!r} is not JSON ({error.msg}): write --params \'{{"n": 1}}\'') from None
+    given = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or [],
+        "seed": seed,
+    }
+    wanted = SamplingParams.from_dict({**given, **more})
+    if wanted.n != 1:
+        raise UserError(f"n={wanted.n} can't be streamed to a terminal: use the Python API for several outputs")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    run([text], wanted, model, dtype, device, runner, max_model_len, use)
+
+
+def demo() -> None:
+    """Continue a few prompts with the model that the project trained itself."""
+    from phase0_prototype.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=160, repetition_penalty=1.1, stop=["\n\n\n"])
+    run(list(DEMO_PROMPTS), params, "titan-tiny", "auto", "auto", "auto", None, "")
+
+
+def run(
+    prompts: list[str],
+    params: object,
+    model: str,
+    dtype: str,
+    device: str,
+    runner: str,
+    max_model_len: int | None,
+    use: str,
+) -> None:
+    """Stream each prompt through the engine of phase 0 and print a summary of the last.
+
+    Args:
+        prompts: texts.
+        params: `SamplingParams`, for all of them.
+        model, dtype, device, runner, max_model_len: see `EngineConfig`.
+        use: which parts run.
+    """
+    from rich.console import Console
+
+    from module0_profiling.course.parts import Use, describe
+    from phase0_prototype import console
+    from phase0_prototype.llm import LLM
+    from phase0_prototype.sampling_params import SamplingParams
+
+    assert isinstance(params, SamplingParams)
+    notes = Console(stderr=True, highlight=False)
+    chosen = Use.parse(use)
+    notes.print(describe(chosen), style="dim")
+    with notes.status(f"loading {model}"):
+        llm = LLM(model, dtype=dtype, device=device, runner=runner, max_model_len=max_model_len, use=chosen)
+    for prompt in prompts:
+        speed = console.stream(llm, prompt, params)
+        notes.print()
+    with notes.status("measuring this machine's memory bandwidth"):
+        said = console.summary(llm, speed)
+    notes.print(said, style="bold")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `titan`."""
+    from phase0_prototype import checkpoint_commands
+
+    app.command()(generate)
+    app.command()(demo)
+    checkpoint_commands.register(app)
+
+
+

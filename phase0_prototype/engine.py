@@ -1,0 +1,246 @@
+"""The engine as of phase 0: assembles its parts and turns the loop.
+
+Request -> Scheduler.next_step() -> Step -> Runner.forward(Batch) -> sample -> Scheduler.finish() -> RequestOutput
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from module0_profiling.course.parts import Use, resolve
+from phase0_prototype.answers import Answer
+from phase0_prototype.attention import TorchAttention
+from phase0_prototype.batch import Batch
+from phase0_prototype.config import ModelConfig, load_config
+from phase0_prototype.engine_config import (
+    EngineConfig,
+    resolve_device,
+    resolve_dtype,
+    resolve_lengths,
+    resolve_runner,
+)
+from phase0_prototype.errors import UserError
+from phase0_prototype.hub import resolve_model
+from phase0_prototype.layers import Layers
+from phase0_prototype.logprobs import logprobs_of
+from phase0_prototype.outputs import RequestOutput
+from phase0_prototype.request import Request
+from phase0_prototype.sampler import sample
+from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.sampling_rows import SamplingRows
+from phase0_prototype.tokenizer import Tokenizer, load_tokenizer
+from phase0_prototype.weights import load_weights
+
+ROOM = __name__.rpartition(".")[0]
+
+
+class Engine:
+    """Requests in, outputs out, one forward pass at a time. Assembled by `build`.
+
+    Args:
+        model, kv, scheduler, runner: the parts (of the solution, the framework or the learner).
+        config: the model's.
+        tokenizer: None for checkpoints without one; prompts are token ids then, and text stays empty.
+        max_model_len: longest sequence, prompt included.
+        seed: random choices of requests without a seed derive from it and from the request's number.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv: Any,
+        scheduler: Any,
+        runner: Any,
+        *,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.model, self.kv, self.scheduler, self.runner = model, kv, scheduler, runner
+        self.config, self.tokenizer, self.max_model_len, self.device = config, tokenizer, max_model_len, device
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._answers: dict[str, Answer] = {}  # by request id of the prompt
+        self._of_request: dict[str, Answer] = {}  # by request id of the sequence
+        self._count = 0
+
+    def add_request(self, prompt: str | list[int], params: SamplingParams) -> str:
+        """Queue a prompt, given as text or token ids; returns its id.
+
+        Raises:
+            UserError: the prompt is empty, too long, holds unknown ids, or is text and there is no tokenizer.
+        """
+        prompt_ids = self._encode(prompt)
+        room = self.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, max_model_len is {self.max_model_len} and one must be left "
+                "for the answer: shorten the prompt or raise max_model_len"
+            )
+        request_id = str(self._count)
+        self._count += 1
+        seed = params.seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds, dtype=torch.int64))
+        requests = [
+            Request(
+                request_id if params.n == 1 else f"{request_id}.{i}",
+                prompt_ids,
+                params,
+                (seed + i) % 2**63,
+                () if params.ignore_eos else self.config.eos_token_ids,
+                min(params.max_tokens or room, room),
+                index=i,
+            )
+            for i in range(params.n)
+        ]
+        answer = Answer(request_id, prompt if isinstance(prompt, str) else None, requests, self.tokenizer)
+        self._answers[request_id] = answer
+        for request in requests:
+            self._of_request[request.request_id] = answer
+            self.scheduler.add(request)
+        return request_id
+
+    def has_unfinished(self) -> bool:
+        """Whether a further `step` has work."""
+        return bool(self.scheduler.has_unfinished())
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass; returns the prompts that got new tokens, each with all of its outputs so far."""
+        step = self.scheduler.next_step()
+        blocks = [self.kv.blocks(s.request) for s in step.scheduled]
+        batch = Batch.build(step, blocks, self.kv.block_size, self.device)
+        logits = self.runner.forward(batch)  # [R, V] float32
+        logits = self._take_prompt_logprobs(step, logits)  # [sampling sequences, V]
+        sampling = [s.request for s in step.scheduled if s.samples]
+        rows = SamplingRows.build(sampling, logits.shape[1], self.device)
+        sampled = sample(logits, rows)
+        chosen = dict(zip((r.request_id for r in sampling), sampled.tolist(), strict=True))
+        now = time.perf_counter()
+        self.scheduler.finish(step, [[chosen[s.request.request_id]] if s.samples else [] for s in step.scheduled])
+        touched: dict[str, Answer] = {}
+        for row, request in enumerate(sampling):
+            answer = self._of_request[request.request_id]
+            answer.take_token(request, sampled.logprobs, row, now)
+            if answer.stopped_by(request) is not None and request.finish_reason in (None, "length"):
+                running = request.finish_reason is None
+                request.finish_reason, request.stop_reason = "stop", answer.stopped_by(request)
+                if running:
+                    self.scheduler.abort(request)
+            if request.finish_reason is not None:
+                answer.finish(request, now)
+            touched[answer.request_id] = answer
+        outputs = [answer.output() for answer in touched.values()]
+        for output in outputs:
+            if output.finished:
+                self._forget(output.request_id)
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """Stop a prompt's sequences and free what they hold; unknown or finished ids are ignored."""
+        answer = self._answers.get(request_id)
+        if answer is not None:
+            for request in answer.requests:
+                self.scheduler.abort(request)
+            self._forget(request_id)
+
+    def abort_all(self) -> None:
+        """Stop everything."""
+        for request_id in list(self._answers):
+            self.abort(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        for request in self._answers.pop(request_id).requests:
+            del self._of_request[request.request_id]
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer.json: give the prompt as token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise UserError("the prompt is empty: give at least one token")
+        unknown = next((i for i in ids if type(i) is not int or not 0 <= i < self.config.vocab_size), None)
+        if unknown is not None:
+            raise UserError(f"prompt token id {unknown!r} is not in the vocabulary 0..{self.config.vocab_size - 1}")
+        return ids
+
+    def _take_prompt_logprobs(self, step: Any, logits: torch.Tensor) -> torch.Tensor:
+        """Hand prompt log-probabilities to their answers; returns the rows that tokens are sampled from."""
+        if all(s.request.params.prompt_logprobs is None for s in step.scheduled):
+            return logits
+        keep, start = [], 0
+        for scheduled in step.scheduled:
+            request = scheduled.request
+            wants_prompt = request.params.prompt_logprobs is not None and not request.output_token_ids
+            count = scheduled.num_tokens if wants_prompt else int(scheduled.samples)
+            if wants_prompt:
+                known = request.tokens(scheduled.start + 1, scheduled.end + 1)  # what each row should have predicted
+                targets = torch.tensor(known, dtype=torch.int64, device=logits.device)
+                predicted = logits[start : start + len(known)]
+                self._of_request[request.request_id].take_prompt(
+                    request, logprobs_of(predicted, targets, request.params.prompt_logprobs or 0)
+                )
+            if scheduled.samples:
+                keep.append(start + count - 1)
+            start += count
+        return logits[keep]
+
+
+def build(
+    config: EngineConfig, use: Use | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+) -> Engine:
+    """Load a checkpoint and assemble an engine around it.
+
+    Args:
+        config: the settings.
+        use: which implementation of the course's parts; by default the learner's where there is one.
+        advance: called with (bytes loaded, bytes in all) while weights load.
+
+    Raises:
+        UserError: anything about model, device or sizes that the user can put right.
+    """
+    use = use or Use()
+    directory: Path = resolve_model(config.model)
+    model_config = load_config(directory)
+    if model_config.quantization is not None:
+        method = model_config.quantization.get("quant_method", "unknown")
+        raise UserError(f"{directory} is quantised ({method}): phase 5 loads such checkpoints, give an unquantised one")
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, model_config.dtype)
+    parts = {name: resolve(ROOM, name, use) for name in ("model", "kv_cache", "scheduler", "runner")}
+    limit = config.max_model_len or model_config.max_position_embeddings
+    layers = Layers(model_config, dtype, device, TorchAttention(), min(limit, model_config.max_position_embeddings))
+    model = parts["model"].DecoderModel(model_config, layers)
+    max_model_len, max_num_seqs = resolve_lengths(config, model_config, model.kv_spec, model.weight_bytes, device)
+    total = model.weight_bytes
+    done = 0
+
+    def loaded(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        advance(done, total)
+
+    load_weights(directory, model.destinations(), ignore=model.ignores, advance=loaded)
+    kv = parts["kv_cache"].KVCache(model.kv_spec, max_num_seqs, max_model_len, device)
+    runner = parts["runner"].RUNNERS[resolve_runner(config.runner, device)](model, kv)
+    scheduler = parts["scheduler"].Scheduler(kv, config.max_num_batched_tokens)
+    return Engine(
+        model,
+        kv,
+        scheduler,
+        runner,
+        config=model_config,
+        tokenizer=load_tokenizer(directory),
+        max_model_len=max_model_len,
+        device=device,
+        seed=config.seed,
+    )

@@ -1,0 +1,72 @@
+"""A KV cache that keeps nothing: every step starts over from the first token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phase0_prototype.request import Request
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What a model stores for each token: keys and values of `num_kv_heads` heads in each of `num_layers` layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of cache for one token, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Hands out rows, as a real cache would, and has no memory behind them.
+
+    Args:
+        spec: what one token needs.
+        max_num_seqs: rows.
+        max_model_len: tokens in a row, which is also the block size of this cache.
+        device: where the memory lies.
+    """
+
+    def __init__(self, spec: KVSpec, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
+        self.spec = spec
+        self.block_size = max_model_len
+        self.rows = max_num_seqs
+        self.data = torch.zeros(spec.num_layers, 2, 0, max_model_len, spec.num_kv_heads, spec.head_dim)
+        self.owners: list[Request] = []  # owners[row]
+        # TASK 0.1: allocate [layers, 2, rows, max_model_len, Hkv, D] on `device` and give `layer` something to return.
+
+    @property
+    def num_free(self) -> int:
+        """Sequences that can still be admitted."""
+        return self.rows - len(self.owners)
+
+    def acquire(self, request: Request) -> None:
+        """Give the request a row; the caller has checked `num_free`."""
+        assert self.num_free > 0, "admitted more sequences than the cache has rows"
+        self.owners.append(request)
+
+    def release(self, request: Request) -> None:
+        """Take the request's row back. Running rows stay dense, so rows above it move down by one."""
+        # TASK 0.1: once a row holds keys and values, they must move with it (and one row moved is enough).
+        self.owners.remove(request)
+
+    def blocks(self, request: Request) -> tuple[int, ...]:
+        """The request's block table: here its one row."""
+        return (self.owners.index(request),)
+
+    def computed(self, request: Request, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens, all just written, can be read back by the next step."""
+        # TASK 0.1: none, so the next step computes the whole sequence again: n tokens cost n(n+1)/2.
+        return 0
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
+        return self.data[index, 0], self.data[index, 1]

@@ -1,0 +1,41 @@
+"""Runs the model on a batch, launching every operation from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phase0_prototype.batch import Batch
+from phase0_prototype.kv_cache import KVCache
+from phase0_prototype.model import DecoderModel
+
+
+class Runner:
+    """Eager: every operation is launched from Python.
+
+    Attributes:
+        forward_tokens: tokens processed since the start, the count that the cache gate reads.
+        forward_passes: forward passes since the start.
+    """
+
+    def __init__(self, model: DecoderModel, kv: KVCache) -> None:
+        self.model, self.kv = model, kv
+        self.forward_tokens = 0
+        self.forward_passes = 0
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [R, V] in float32 of the batch's wanted rows."""
+        self.forward_tokens += batch.num_tokens
+        self.forward_passes += 1
+        return self._logits(batch).float()
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(batch, self.kv)
+
+
+# TASK 0.3: add "compile": a runner whose decode steps go through torch.compile, for few enough shapes that it compiles
+# once and not at every token; and on a GPU "cuda-graph".
+RUNNERS: dict[str, Callable[[DecoderModel, KVCache], Runner]] = {"eager": Runner, "compile": Runner}

@@ -1,0 +1,78 @@
+"""The KV cache of phase 0: one contiguous row of `max_model_len` tokens for every sequence that can run at once.
+
+Keys and values of a token never change once computed, so keeping them turns the n-th decode step from n tokens of work
+into one. The price is memory, reserved for the longest possible sequence whether it comes or not; phase 1 pages it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phase0_prototype.request import Request
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What a model stores for each token: keys and values of `num_kv_heads` heads in each of `num_layers` layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of cache for one token, all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Rows of keys and values; running requests always occupy rows 0..B-1, so a batch reads them as one slice.
+
+    Args:
+        spec: what one token needs.
+        max_num_seqs: rows.
+        max_model_len: tokens in a row, which is also the block size of this cache.
+        device: where the memory lies.
+    """
+
+    def __init__(self, spec: KVSpec, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
+        self.spec = spec
+        self.block_size = max_model_len
+        shape = (spec.num_layers, 2, max_num_seqs, max_model_len, spec.num_kv_heads, spec.head_dim)
+        self.data = torch.zeros(shape, dtype=spec.dtype, device=device)  # [layers, 2, rows, len, Hkv, D]
+        self.owners: list[Request] = []  # owners[row]
+
+    @property
+    def num_free(self) -> int:
+        """Sequences that can still be admitted."""
+        return self.data.shape[2] - len(self.owners)
+
+    def acquire(self, request: Request) -> None:
+        """Give the request a row; the caller has checked `num_free`."""
+        assert self.num_free > 0, "admitted more sequences than the cache has rows"
+        self.owners.append(request)
+
+    def release(self, request: Request) -> None:
+        """Take the request's row back. The last row moves into the gap: running rows stay dense."""
+        row, last = self.owners.index(request), len(self.owners) - 1
+        if row != last:
+            used = self.owners[last].num_computed_tokens
+            self.data[:, :, row, :used] = self.data[:, :, last, :used]
+            self.owners[row] = self.owners[last]
+        self.owners.pop()
+
+    def blocks(self, request: Request) -> tuple[int, ...]:
+        """The request's block table: here its one row."""
+        return (self.owners.index(request),)
+
+    def computed(self, request: Request, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens, all just written, can be read back by the next step: all."""
+        return num_tokens
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
+        return self.data[index, 0], self.data[index, 1]

@@ -1,0 +1,188 @@
+"""`Layers` builds every piece of a model. A phase overrides the one method that it improves.
+
+The chain Layers -> RopeLayers -> PagedLayers -> QuantLayers -> ParallelLayers reads as the table of contents of the
+course; the model itself (model.py) is described once and never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phase0_prototype.attention import AttentionPlan, AttentionSpec, TorchAttention
+from phase0_prototype.config import ModelConfig
+from phase0_prototype.linear import Dense, Linear, LinearFormat, Part, best_format
+from phase0_prototype.rotary import RotaryTable, apply_rope
+from phase0_prototype.weights import Destination
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 (Zhang & Sennrich, 2019, arXiv 1910.07467)."""
+
+    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.weight = torch.ones(size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> same."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def destinations(self) -> Mapping[str, Destination]:
+        """Where the checkpoint's tensor goes."""
+        return {f"{self.name}.weight": Destination(tuple(self.weight.shape), self.weight.copy_)}
+
+
+class Embedding(nn.Module):
+    """Token embedding, [V, hidden]; also the output matrix of models with tied weights."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, hidden]."""
+        return F.embedding(token_ids, self.weight)
+
+    def as_head(self, x: Tensor) -> Tensor:
+        """[R, hidden] -> logits [R, V]."""
+        return F.linear(x, self.weight)
+
+    def destinations(self) -> Mapping[str, Destination]:
+        """Where the checkpoint's tensor goes."""
+        return {f"{self.name}.weight": Destination(tuple(self.weight.shape), self.weight.copy_)}
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up as one product (Shazeer, 2020, arXiv 2002.05202)."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Projections around a backend; grouped query attention, with optional normalisation of q and k (Qwen3)."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        qkv: nn.Module,
+        out: nn.Module,
+        backend: TorchAttention,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.qkv, self.out, self.backend = spec, qkv, out, backend
+        self.q_norm, self.k_norm = norms or (None, None)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; writes the layer's keys and values into `kv`."""
+        hq, hkv = self.spec.num_heads, self.spec.num_kv_heads
+        qkv = self.qkv(x).view(-1, hq + 2 * hkv, self.spec.head_dim)  # [T, Hq + 2 Hkv, D]
+        v = qkv[:, hq + hkv :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qkv[:, :hq]), self.k_norm(qkv[:, hq : hq + hkv])), dim=1)
+        else:
+            qk = qkv[:, : hq + hkv]
+        qk = apply_rope(qk, *rotary)  # q and k in one go: half the operations
+        return self.out(self.backend.run(self.spec, qk[:, :hq], qk[:, hq:], v, kv, plan))
+
+
+class Layers:
+    """Builds the pieces of a model for one device and dtype.
+
+    Args:
+        config: the model.
+        dtype: of weights and activations.
+        device: where the weights lie.
+        backend: attention for every layer.
+        max_model_len: positions that the rotary table covers.
+        number_format: how linear weights are kept; by default the fastest for the device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: TorchAttention,
+        max_model_len: int,
+        number_format: LinearFormat | None = None,
+    ) -> None:
+        self.config, self.dtype, self.device, self.backend = config, dtype, device, backend
+        self.max_model_len = max_model_len
+        self.number_format = number_format or best_format(device, dtype)
+
+    def linear(self, name: str, parts: tuple[Part, ...], in_features: int, *, bias: bool = False) -> nn.Module:
+        """A linear layer; `name` is its place in the model, `parts` its matrices in the checkpoint."""
+        return Linear(
+            parts, in_features, bias=bias, number_format=self.number_format, dtype=self.dtype, device=self.device
+        )
+
+    def norm(self, name: str, size: int) -> RMSNorm:
+        """Root-mean-square normalisation over the last `size` numbers."""
+        return RMSNorm(name, size, self.config.rms_norm_eps, self.dtype, self.device)
+
+    def embedding(self, name: str) -> Embedding:
+        """The token embedding."""
+        return Embedding(name, self.config.vocab_size, self.config.hidden_size, self.dtype, self.device)
+
+    def rotary(self) -> RotaryTable:
+        """The table that all layers share."""
+        config = self.config
+        return RotaryTable(config.rope, config.head_dim, self.max_model_len, self.dtype, self.device)
+
+    def mlp(self, name: str) -> nn.Module:
+        """The feed-forward block."""
+        c = self.config
+        gate_up = (Part(f"{name}.gate_proj", c.intermediate_size), Part(f"{name}.up_proj", c.intermediate_size))
+        return MLP(
+            self.linear(f"{name}.gate_up_proj", gate_up, c.hidden_size, bias=c.mlp_bias),
+            self.linear(
+                f"{name}.down_proj", (Part(f"{name}.down_proj", c.hidden_size),), c.intermediate_size, bias=c.mlp_bias
+            ),
+        )
+
+    def attention(self, name: str, layer: int) -> nn.Module:
+        """The attention block of one layer.
+
+        Raises:
+            ValueError: the backend can't serve this layer, with its reasons.
+        """
+        c = self.config
+        spec = AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_windows[layer])
+        if reasons := self.backend.why_not(spec, self.device):
+            raise ValueError(f"{type(self.backend).__name__} can't run {name}: {'; '.join(reasons)}")
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        qkv = (Part(f"{name}.q_proj", q), Part(f"{name}.k_proj", kv), Part(f"{name}.v_proj", kv))
+        norms = (
+            (self.norm(f"{name}.q_norm", c.head_dim), self.norm(f"{name}.k_norm", c.head_dim)) if c.qk_norm else None
+        )
+        return Attention(
+            spec,
+            self.linear(f"{name}.qkv_proj", qkv, c.hidden_size, bias=c.qkv_bias),
+            self.linear(f"{name}.o_proj", (Part(f"{name}.o_proj", c.hidden_size),), q, bias=c.o_bias),
+            self.backend,
+            norms,
+        )
+
+    def head(self, name: str, embedding: Embedding) -> nn.Module | None:
+        """The output matrix, or None when it is the embedding."""
+        if self.config.tie_word_embeddings:
+            return None
+        return self.linear(name, (Part(name, self.config.vocab_size),), self.config.hidden_size)
+
+
+__all__ = ["MLP", "Attention", "Dense", "Embedding", "Layers", "RMSNorm"]

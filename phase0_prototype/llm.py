@@ -1,0 +1,153 @@
+"""The offline API, in the shape of vLLM's: `LLM("titan-tiny").generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from module0_profiling.course.parts import Use
+from phase0_prototype.engine import Engine, build
+from phase0_prototype.engine_config import EngineConfig
+from phase0_prototype.errors import UserError
+from phase0_prototype.outputs import RequestOutput
+from phase0_prototype.sampling_params import SamplingParams
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+
+class LLM:
+    """A model that generates.
+
+        llm = LLM("titan-tiny")
+        for output in llm.generate(["def add(a, b):", "class Stack:"], SamplingParams(temperature=0, max_tokens=64)):
+            print(output.outputs[0].text)
+
+    Args:
+        model: directory, shipped name or hub id.
+        dtype, device, max_model_len, max_num_seqs, max_num_batched_tokens, runner, seed: see `EngineConfig`.
+        use: which implementation of the course's parts, as in "phase0=mine".
+        assemble: builds the engine; later phases pass their own.
+
+    Raises:
+        UserError: one line with what is wrong and the remedy.
+    """
+
+    def __init__(
+        self,
+        model: str = "titan-tiny",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int = 8192,
+        runner: str = "auto",
+        seed: int = 0,
+        use: str | Use = "",
+        assemble: Callable[[EngineConfig, Use], Engine] = build,
+    ) -> None:
+        self.config = EngineConfig(
+            str(model), dtype, device, max_model_len, max_num_seqs, max_num_batched_tokens, runner, seed
+        )
+        self.engine = assemble(self.config, Use.parse(use) if isinstance(use, str) else use)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts, batched; results are in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}`, or a list of these.
+            sampling_params: one for all prompts or one for each; by default `SamplingParams()`.
+            progress: show a bar on a terminal when there is more than one prompt.
+
+        Raises:
+            UserError: naming the prompt; nothing was generated then.
+        """
+        given = _prompts(prompts)
+        params = _params(sampling_params, len(given))
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(given, params, strict=True):
+                ids.append(self.engine.add_request(prompt, wanted))
+            finished: dict[str, RequestOutput] = {}
+            with _progress_bar(show=progress and len(ids) > 1) as bar:
+                task = bar.add_task("generating", total=len(ids), speed=0.0)
+                tokens = 0
+                while self.engine.has_unfinished():
+                    for output in self.engine.step():
+                        tokens += len(output.outputs)
+                        if output.finished:
+                            finished[output.request_id] = output
+                            bar.advance(task)
+                    elapsed = bar.tasks[task].elapsed or 0.0
+                    bar.update(task, speed=tokens / elapsed if elapsed else 0.0)
+        except BaseException:
+            for request_id in ids:  # leave nothing behind: the next call starts clean
+                self.engine.abort(request_id)
+            raise
+        return [finished[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generate for one prompt; yields everything so far after each new token. Closing the iterator stops it.
+
+        Raises:
+            UserError: see `generate`.
+        """
+        (given,) = _prompts([prompt])
+        request_id = self.engine.add_request(given, sampling_params or SamplingParams())
+        try:
+            while self.engine.has_unfinished():
+                yield from (output for output in self.engine.step() if output.request_id == request_id)
+        finally:
+            self.engine.abort(request_id)
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """Every accepted way of giving prompts, as a list of texts and lists of token ids."""
+    single = isinstance(given, str | Mapping) or (
+        isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], int)
+    )
+    if not single and not isinstance(given, Sequence):
+        raise UserError(f"prompts must be a text, a list of token ids or a list of these, not {type(given).__name__}")
+    out: list[str | list[int]] = []
+    for i, prompt in enumerate([given] if single else given):
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids"}
+            if len(prompt) != 1 or not set(prompt) <= known:
+                raise UserError(f"prompt {i} has the keys {sorted(prompt)}: give either prompt or prompt_token_ids")
+            prompt = next(iter(prompt.values()))
+        if isinstance(prompt, str):
+            out.append(prompt)
+        elif isinstance(prompt, Sequence):
+            out.append(list(prompt))
+        else:
+            raise UserError(f"prompt {i} is {type(prompt).__name__}: give a text or a list of token ids")
+    return out
+
+
+def _params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    if len(given) != count:
+        raise UserError(f"{len(given)} sampling_params for {count} prompts: give one, or one for each")
+    return list(given)
+
+
+def _progress_bar(*, show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not show,
+    )

@@ -1,0 +1,106 @@
+"""The decoder, described once: Llama, Mistral, Qwen2 and Qwen3 differ in flags of the config only.
+
+`model(batch, kv)` is the whole interface: a flat batch in, logits of the wanted rows out, keys and values written into
+the cache on the way. What each piece is made of is the business of `Layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from phase0_prototype.attention import AttentionPlan
+from phase0_prototype.batch import Batch
+from phase0_prototype.config import ModelConfig
+from phase0_prototype.kv_cache import KVCache, KVSpec
+from phase0_prototype.layers import Layers
+from phase0_prototype.weights import Destination
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A module that takes tensors of the checkpoint."""
+
+    def destinations(self) -> Mapping[str, Destination]:
+        """Where each tensor goes, by its name in the checkpoint."""
+        ...
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, layers: Layers, index: int) -> None:
+        super().__init__()
+        name, hidden = f"model.layers.{index}", layers.config.hidden_size
+        self.input_norm = layers.norm(f"{name}.input_layernorm", hidden)
+        self.attention = layers.attention(f"{name}.self_attn", index)
+        self.post_attention_norm = layers.norm(f"{name}.post_attention_layernorm", hidden)
+        self.mlp = layers.mlp(f"{name}.mlp")
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = x + self.attention(self.input_norm(x), rotary, kv, plan)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class DecoderModel(nn.Module):
+    """A decoder-only Transformer.
+
+    Args:
+        config: its shape.
+        layers: builds its pieces.
+    """
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = layers.embedding("model.embed_tokens")
+        self.layers = nn.ModuleList(DecoderLayer(layers, i) for i in range(config.num_layers))
+        self.norm = layers.norm("model.norm", config.hidden_size)
+        self.lm_head = layers.head("lm_head", self.embed_tokens)
+        self.rotary = layers.rotary()
+        self.backend = layers.backend
+        self.windows = frozenset(config.sliding_windows)
+        self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, layers.dtype)
+
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """Logits [R, V] of the batch's `logits_rows`, in the model's dtype."""
+        plan = self.backend.plan(batch, self.windows, kv.block_size)
+        return self.compute(batch.token_ids, batch.positions, batch.logits_rows, plan, kv)
+
+    def compute(
+        self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor, plan: AttentionPlan, kv: KVCache
+    ) -> Tensor:
+        """The part of `forward` that is only arithmetic: what is compiled or captured."""
+        x = self.embed_tokens(token_ids)  # [T, hidden]
+        rotary = self.rotary(positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, kv.layer(i), plan)
+        x = self.norm(x[logits_rows])  # [R, hidden]
+        return self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
+
+    def destinations(self) -> dict[str, Destination]:
+        """Where every tensor of the checkpoint goes, by its name there."""
+        found: dict[str, Destination] = {}
+        for module in self.modules():
+            if module is not self and isinstance(module, Loadable):
+                found.update(module.destinations())
+        return found
+
+    def ignores(self, name: str) -> bool:
+        """Tensors that checkpoints hold and the model doesn't need: a tied head, old rotary tables."""
+        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.lm_head is None)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step must read (an embedding that is not the head contributes one row)."""
+        tensors = {id(t): t for m in self.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)}
+        tables = {id(self.rotary.cos), id(self.rotary.sin)}
+        if self.lm_head is not None:
+            tables.add(id(self.embed_tokens.weight))
+        return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in tables)

@@ -1,0 +1,128 @@
+"""Runs the model on a batch: eagerly, compiled, or as a captured CUDA graph. All three compute the same thing.
+
+A decode step of a small model is hundreds of tiny operations: Python and kernel launches take longer than the
+arithmetic. torch.compile fuses them into a few C++ or Triton functions; a CUDA graph replays all launches at once. Both
+want shapes that repeat, so they take decode steps only (one token a sequence), padded to a few batch sizes, and read
+the cache in multiples of `LENGTH_STEP`; prompts run eagerly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phase0_prototype.attention import AttentionPlan, TorchAttention
+from phase0_prototype.batch import Batch
+from phase0_prototype.kv_cache import KVCache
+from phase0_prototype.model import DecoderModel
+
+LENGTH_STEP = 256
+
+
+class Runner:
+    """Eager: every operation is launched from Python.
+
+    Attributes:
+        forward_tokens: tokens processed since the start, the count that the cache gate reads.
+        forward_passes: forward passes since the start.
+    """
+
+    def __init__(self, model: DecoderModel, kv: KVCache) -> None:
+        self.model, self.kv = model, kv
+        self.forward_tokens = 0
+        self.forward_passes = 0
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [R, V] in float32 of the batch's wanted rows."""
+        self.forward_tokens += batch.num_tokens
+        self.forward_passes += 1
+        return self._logits(batch).float()
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(batch, self.kv)
+
+
+class CompiledRunner(Runner):
+    """torch.compile for decode steps. Each (batch size, cache length) compiles once and takes seconds."""
+
+    def __init__(self, model: DecoderModel, kv: KVCache) -> None:
+        super().__init__(model, kv)
+        self.attention = TorchAttention(round_up=LENGTH_STEP)
+        self._compute = torch.compile(model.compute, dynamic=False, fullgraph=True)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if not is_decode(batch):
+            return super()._logits(batch)
+        plan = self.attention.plan(batch, self.model.windows, self.kv.block_size)
+        if plan.sequences:  # rows are not adjacent
+            return super()._logits(batch)
+        with torch._dynamo.config.patch(cache_size_limit=64):
+            return self._compute(batch.token_ids, batch.positions, batch.logits_rows, plan, self.kv)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A CUDA graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    logits: Tensor
+
+
+class GraphRunner(Runner):
+    """CUDA graphs for decode steps: captured at the first use of a (batch size, cache length), replayed afterwards."""
+
+    def __init__(self, model: DecoderModel, kv: KVCache) -> None:
+        super().__init__(model, kv)
+        self.attention = TorchAttention(round_up=LENGTH_STEP)
+        self._graphs: dict[tuple[int, int, int], _Captured] = {}
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if not is_decode(batch):
+            return super()._logits(batch)
+        plan = self.attention.plan(batch, self.model.windows, self.kv.block_size)
+        if plan.sequences:
+            return super()._logits(batch)
+        inputs = (batch.token_ids, batch.positions, batch.logits_rows, plan.slot_mapping, *plan.masks.values())
+        key = (batch.num_seqs, plan.first_row, plan.kv_len)
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._graphs[key] = self._capture(inputs, plan)
+        for static, value in zip(captured.inputs, inputs, strict=True):
+            static.copy_(value)
+        captured.graph.replay()
+        return captured.logits
+
+    def _capture(self, inputs: tuple[Tensor, ...], plan: AttentionPlan) -> _Captured:
+        static = tuple(t.clone() for t in inputs)
+        masks = dict(zip(plan.masks, static[4:], strict=True))
+        static_plan = dataclasses.replace(plan, slot_mapping=static[3], masks=masks)
+
+        def step() -> Tensor:
+            return self.model.compute(static[0], static[1], static[2], static_plan, self.kv)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # library handles and workspaces are created outside the capture
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        return _Captured(graph, static, logits)
+
+
+def is_decode(batch: Batch) -> bool:
+    """Whether every sequence brings one token and wants its logits."""
+    return batch.num_tokens == batch.num_seqs == batch.logits_rows.shape[0]
+
+
+RUNNERS: dict[str, Callable[[DecoderModel, KVCache], Runner]] = {
+    "eager": Runner,
+    "compile": CompiledRunner,
+    "cuda-graph": GraphRunner,
+}
