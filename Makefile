@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types imports test lab report bench bench-gpu progress clean
+.PHONY: help setup demo check lint types imports reports-current test lab report bench bench-gpu progress clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 22
@@ -29,7 +29,7 @@ setup: $(VENV)/.development  ## create .venv with everything that the project ne
 demo: $(VENV)/.engine  ## generate text with the newest engine, on a GPU if there is one
 	@$(BIN)/titan demo
 
-check: lint types imports test  ## lint, types, import order of the phases, all tests
+check: lint types imports reports-current test  ## lint, types, import order, reports up to date, all tests
 
 lint: $(VENV)/.development
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -42,6 +42,30 @@ imports: $(VENV)/.development
 
 test: $(VENV)/.development
 	@$(BIN)/pytest -n 2 --dist worksteal
+
+start-phase%: $(VENV)/.development  ## copy a phase's framework into workspace/, to be made fast by you
+	@$(BIN)/titan start phase$*
+
+check-phase%: $(VENV)/.development  ## grade a phase: exactness, counts, ratios (IMPL=mine|framework|solution)
+	@$(BIN)/titan check phase$*
+
+hint-phase%: $(VENV)/.development  ## the next hint (TASK=0.1)
+	@$(BIN)/titan hint phase$* $(TASK)
+
+reset-phase%: $(VENV)/.development  ## restore the framework's files in workspace/ (PART=kv_cache)
+	@$(BIN)/titan reset phase$* $(PART)
+
+progress: $(VENV)/.development  ## gates, hints and skips of every phase
+	@$(BIN)/titan progress
+
+bench: $(VENV)/.development  ## run every phase's benchmark on this machine and record the results
+	@for room in phase*_*/; do [ ! -f $$room/benchmark.py ] || $(BIN)/python -m $${room%/}.benchmark || exit 1; done
+
+bench-gpu: $(VENV)/.development  ## everything that needs a GPU, most valuable first (BUDGET=540 seconds, resumable)
+	@$(BIN)/python -m module0_profiling.bench_gpu --budget $(or $(BUDGET),540)
+
+reports-current: $(VENV)/.development
+	@$(BIN)/python -m module0_profiling.report --check
 
 lab: $(VENV)/.development  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=.

@@ -18,7 +18,7 @@ from module0_profiling.nvrtc import Nvrtc, first_error
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler gave one kernel: registers a thread; spill traffic, stack and static shared memory in bytes."""
+    """What the assembler gave one kernel: registers a thread; spills, stack and static shared memory in bytes."""
 
     registers: int
     spill_store_bytes: int

@@ -48,8 +48,8 @@ def find_tool(name: str, *, beside: Path | None = None) -> Path | None:
     on_path = shutil.which(name)
     if on_path:
         return Path(on_path)
-    bundled = _triton_folder() / name if _triton_folder() else None
-    return bundled if bundled and bundled.is_file() else None
+    bundled = _triton_folder()
+    return bundled / name if bundled and (bundled / name).is_file() else None
 
 
 def require_tool(name: str, why: str, *, beside: Path | None = None) -> Path:

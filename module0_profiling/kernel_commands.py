@@ -30,7 +30,7 @@ def kernels(
 
     console = Console()
     archs = tuple(part.strip() for part in arch.split(",") if part.strip())
-    failures = 0
+    failures, shown = 0, False
     for name in (n for n in rooms_with_kernels() if room in n):
         reports: list[KernelReport] = []
         for source in kernel_sources(name):
@@ -41,6 +41,9 @@ def kernels(
                 failures += 1
         if reports:
             console.print(table_of(name, reports))
+            shown = True
+    if shown:
+        console.print(LEGEND, style="dim")
     if failures:
         raise typer.Exit(1)
 
@@ -76,26 +79,35 @@ def report_file(room: str, source: Path, archs: tuple[str, ...], threads: int | 
     return report_triton(module.AOT, archs, source=source.name)
 
 
+LIMITERS = {"block slots": "blks", "warp slots": "warp", "registers": "regs", "shared memory": "smem"}
+LEGEND = (
+    "sm: architecture; thr: threads of a block; reg: registers of a thread; spill,\n"
+    "smem: bytes; occ: theoretical occupancy and by what it is limited (blocks,\n"
+    "warps, registers, shared memory). Then instructions in the code, a loop body\n"
+    "once: loads from global memory (LDG), loads of 128 bits among them and copies,\n"
+    "loads from shared memory (LDS), float32 multiply-adds, tensor core (MMA)."
+)
+
+
 def table_of(title: str, reports: list[KernelReport]) -> Table:
-    """The reports as a rich table; a spill is red because it is nearly always a mistake."""
+    """The reports as a table of at most 80 columns; a spill is red because it is nearly always a mistake."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{title}: kernels (a loop body counts once)", title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("kernel", no_wrap=True)
-    for column in ("arch", "threads", "regs", "spill B", "shared B", "occupancy"):
+    for column in ("sm", "thr", "reg", "spill", "smem", "occ"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("limited by")
-    for column in ("LDG", "of 128 bit", "LDS", "FFMA", "tensor"):
-        table.add_column(column, justify="right")
+    table.add_column("by", no_wrap=True)
+    for column in ("LDG", "128", "LDS", "FFMA", "MMA"):
+        table.add_column(column, justify="right", no_wrap=True)
     previous = ""
     for r in reports:
-        if r.kernel != previous and previous:
-            table.add_section()
         spill = f"[red]{r.spill_bytes}[/red]" if r.spill_bytes else "0"
         table.add_row(
             r.kernel if r.kernel != previous else "",
-            *(r.arch, str(r.threads), str(r.registers), spill, str(r.shared_bytes)),
-            *(f"{r.occupancy.fraction:.0%}", r.occupancy.limiter),
+            *(r.arch.removeprefix("sm_"), str(r.threads), str(r.registers), spill, str(r.shared_bytes)),
+            *(f"{r.occupancy.fraction:.0%}", LIMITERS.get(r.occupancy.limiter, "full")),
             *(str(n) for n in (r.mix.global_loads, r.mix.vector_loads, r.mix.shared_loads, r.mix.ffma)),
             str(r.mix.tensor_core),
         )

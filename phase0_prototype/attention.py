@@ -8,14 +8,13 @@ through one causal call of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from phase0_prototype.batch import Batch
-from phase0_prototype.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,19 @@ class AttentionSpec:
 
 
 class AttentionBackend(Protocol):
-    """How attention is computed; see `TorchAttention` for shapes."""
+    """How attention is computed. The type of a plan is the backend's own business; `TorchAttention` has the shapes."""
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """Reasons why this backend can't serve the model on this device; empty: it can."""
         ...
 
-    def plan(self, batch: Batch, windows: frozenset[int | None]) -> AttentionPlan:
-        """What is the same for every layer of a step."""
+    def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> Any:
+        """What is the same for every layer of a step; `windows` are those that the model's layers use."""
         ...
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor: ...
+    def run(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
+        """Write k and v [T, Hkv, D] into the cache and attend with q [T, Hq, D]; returns [T, Hq * D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class TorchAttention:
             longest = max(batch.kv_lens[:decodes])
             kv_len = min(-(-longest // self.round_up) * self.round_up, block_size)
             masks = {w: _decode_mask(batch.seq_lens[:decodes], kv_len, w) for w in windows}
-        sequences, causal = [], {}
+        sequences: list[Sequence] = []
+        causal: dict[tuple[int, int | None], Tensor] = {}
         start = decodes
         for i in range(decodes, batch.num_seqs):
             seq = Sequence(start, start + batch.query_lens[i], rows[i], batch.kv_lens[i])
@@ -191,8 +193,3 @@ def _causal_mask(seq: Sequence, window: int | None, device: torch.device) -> Ten
     if window is not None:
         mask &= key > query - window
     return mask
-
-
-def default_backend(kv: KVCache) -> TorchAttention:
-    """The backend of phase 0."""
-    return TorchAttention()

@@ -37,7 +37,9 @@ def generate(
     try:
         more = json.loads(params)
     except json.JSONDecodeError as error:
-        raise UserError(f'--params {params!r} is not JSON ({error.msg}): write --params \'{{"n": 1}}\'') from None
+        raise UserError(f"--params {params!r} is not JSON ({error.msg}): write --params '{{\"n\": 1}}'") from None
+    if not isinstance(more, dict):
+        raise UserError(f"--params {params!r} is not a JSON object: write --params '{{\"n\": 1}}'")
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -109,6 +111,3 @@ def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(demo)
     checkpoint_commands.register(app)
-
-
-

@@ -19,14 +19,22 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-# Ids 0..15. All but the first are untrained here: later phases need them (chat, tools, images) without a new vocabulary.
+# Ids 0..15. All but the first are untrained here: later phases need them (chat, tools, images) as they are.
 SPECIAL_TOKENS = [END_OF_TEXT, "<|pad|>", "<|im_start|>", "<|im_end|>", "<|image|>", "<|tool|>"]
 SPECIAL_TOKENS += [f"<|reserved_{i}|>" for i in range(len(SPECIAL_TOKENS), 16)]
 
 HELD_OUT_PERCENT = 5
 TEST_FILES_PERCENT = 50  # unit tests are 60 % of the library's text and repeat themselves: half of them is enough
 # Tables rather than prose, and packages that are not the standard library.
-_SKIPPED_DIRECTORIES = {"encodings", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "idle_test", "__pycache__"}
+_SKIPPED_DIRECTORIES = {
+    "encodings",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "idle_test",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are not a whole character
-_MOST_UNFINISHED = 3  # bytes of a character of four that can be there before its last one
 _WINDOW = 16  # tokens, after which the window is cut; long enough to make cutting rare, short enough to decode fast
 
 
@@ -88,12 +87,11 @@ class Detokenizer:
 
     def _cut_anywhere(self) -> str:
         """Cut a window of bytes that don't become characters, where no character spans the cut; returns the text."""
-        for start in range(len(self._window) - _MOST_UNFINISHED - 1, 0, -1):
+        for start in range(len(self._window) - 1, 0, -1):
             left, right = self._decode(self._window[:start]), self._decode(self._window[start:])
             if right and left + right == self._text:
                 piece = left[self._emitted :]
-                self._emitted = max(0, self._emitted - len(left))
-                self._window, self._text, self._boundary = self._window[start:], right, 0
+                self._window, self._text, self._emitted, self._boundary = self._window[start:], right, 0, 0
                 return piece
         return ""
 

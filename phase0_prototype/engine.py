@@ -170,7 +170,7 @@ class Engine:
             raise UserError("the prompt is empty: give at least one token")
         unknown = next((i for i in ids if type(i) is not int or not 0 <= i < self.config.vocab_size), None)
         if unknown is not None:
-            raise UserError(f"prompt token id {unknown!r} is not in the vocabulary 0..{self.config.vocab_size - 1}")
+            raise UserError(f"token id {unknown!r} is not an integer of the vocabulary 0..{self.config.vocab_size - 1}")
         return ids
 
     def _take_prompt_logprobs(self, step: Any, logits: torch.Tensor) -> torch.Tensor:

@@ -114,8 +114,8 @@ def resolve_lengths(
         free = psutil.virtual_memory().available - weight_bytes
         if free < 0:
             raise UserError(
-                f"{config.model} needs {weight_bytes / 1e9:.1f} GB for its weights, {(free + weight_bytes) / 1e9:.1f} GB "
-                "of memory are free: choose a smaller model or free some"
+                f"{config.model} needs {weight_bytes / 1e9:.1f} GB for its weights, "
+                f"{(free + weight_bytes) / 1e9:.1f} GB of memory are free: choose a smaller model or free some"
             )
     row = spec.bytes_per_token * length
     seqs = config.max_num_seqs or max(1, min(DEFAULT_SEQS, math.floor(free / 2 / row)))

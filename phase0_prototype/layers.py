@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phase0_prototype.attention import AttentionPlan, AttentionSpec, TorchAttention
+from phase0_prototype.attention import AttentionBackend, AttentionPlan, AttentionSpec
 from phase0_prototype.config import ModelConfig
-from phase0_prototype.linear import Dense, Linear, LinearFormat, Part, best_format
+from phase0_prototype.linear import Linear, LinearFormat, Part, best_format
 from phase0_prototype.rotary import RotaryTable, apply_rope
 from phase0_prototype.weights import Destination
 
@@ -78,12 +78,13 @@ class Attention(nn.Module):
         spec: AttentionSpec,
         qkv: nn.Module,
         out: nn.Module,
-        backend: TorchAttention,
+        backend: AttentionBackend,
         norms: tuple[RMSNorm, RMSNorm] | None,
     ) -> None:
         super().__init__()
         self.spec, self.qkv, self.out, self.backend = spec, qkv, out, backend
-        self.q_norm, self.k_norm = norms or (None, None)
+        self.q_norm: RMSNorm | None = norms[0] if norms else None
+        self.k_norm: RMSNorm | None = norms[1] if norms else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
@@ -117,7 +118,7 @@ class Layers:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        backend: TorchAttention,
+        backend: AttentionBackend,
         max_model_len: int,
         number_format: LinearFormat | None = None,
     ) -> None:
@@ -183,6 +184,3 @@ class Layers:
         if self.config.tie_word_embeddings:
             return None
         return self.linear(name, (Part(name, self.config.vocab_size),), self.config.hidden_size)
-
-
-__all__ = ["MLP", "Attention", "Dense", "Embedding", "Layers", "RMSNorm"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from module0_profiling.course.parts import Use
@@ -52,6 +53,7 @@ class LLM:
             str(model), dtype, device, max_model_len, max_num_seqs, max_num_batched_tokens, runner, seed
         )
         self.engine = assemble(self.config, Use.parse(use) if isinstance(use, str) else use)
+        self._streams: dict[str, RequestOutput | None] = {}  # open streams: their newest output that they have not seen
 
     def generate(
         self,
@@ -74,14 +76,17 @@ class LLM:
         params = _params(sampling_params, len(given))
         ids: list[str] = []
         try:
-            for prompt, wanted in zip(given, params, strict=True):
-                ids.append(self.engine.add_request(prompt, wanted))
-            finished: dict[str, RequestOutput] = {}
+            for i, (prompt, wanted) in enumerate(zip(given, params, strict=True)):
+                try:
+                    ids.append(self.engine.add_request(prompt, wanted))
+                except UserError as error:
+                    raise UserError(f"prompt {i}: {error}" if len(given) > 1 else str(error)) from None
+            own, finished = frozenset(ids), dict[str, RequestOutput]()
             with _progress_bar(show=progress and len(ids) > 1) as bar:
                 task = bar.add_task("generating", total=len(ids), speed=0.0)
                 tokens = 0
-                while self.engine.has_unfinished():
-                    for output in self.engine.step():
+                while len(finished) < len(ids):
+                    for output in self._step(own):
                         tokens += len(output.outputs)
                         if output.finished:
                             finished[output.request_id] = output
@@ -97,16 +102,32 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt; yields everything so far after each new token. Closing the iterator stops it.
 
+        Several streams may be open, and `generate` be called meanwhile: whoever turns the engine turns it for all, so a
+        stream may then yield several new tokens at once.
+
         Raises:
-            UserError: see `generate`.
+            UserError: see `generate`; at the first `next`.
         """
-        (given,) = _prompts([prompt])
-        request_id = self.engine.add_request(given, sampling_params or SamplingParams())
+        (given,), (params,) = _prompts([prompt]), _params(sampling_params, 1)
+        request_id = self.engine.add_request(given, params)
+        self._streams[request_id] = None
         try:
-            while self.engine.has_unfinished():
-                yield from (output for output in self.engine.step() if output.request_id == request_id)
+            output: RequestOutput | None = None
+            while output is None or not output.finished:
+                if self._streams[request_id] is None:
+                    self._step(frozenset())
+                output, self._streams[request_id] = self._streams[request_id], None
+                if output is not None:
+                    yield output
         finally:
+            del self._streams[request_id]
             self.engine.abort(request_id)
+
+    def _step(self, own: frozenset[str]) -> list[RequestOutput]:
+        """One forward pass for everybody; returns the outputs of the requests `own`, keeps those of open streams."""
+        outputs = self.engine.step()
+        self._streams.update((o.request_id, o) for o in outputs if o.request_id in self._streams)
+        return [o for o in outputs if o.request_id in own]
 
 
 def _prompts(given: Any) -> list[str | list[int]]:
@@ -114,18 +135,18 @@ def _prompts(given: Any) -> list[str | list[int]]:
     single = isinstance(given, str | Mapping) or (
         isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], int)
     )
-    if not single and not isinstance(given, Sequence):
+    if isinstance(given, bytes) or not (single or isinstance(given, Sequence)):
         raise UserError(f"prompts must be a text, a list of token ids or a list of these, not {type(given).__name__}")
     out: list[str | list[int]] = []
     for i, prompt in enumerate([given] if single else given):
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids"}
             if len(prompt) != 1 or not set(prompt) <= known:
-                raise UserError(f"prompt {i} has the keys {sorted(prompt)}: give either prompt or prompt_token_ids")
+                raise UserError(f"prompt {i} has the keys {list(prompt)}: give either prompt or prompt_token_ids")
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
             out.append(prompt)
-        elif isinstance(prompt, Sequence):
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
             out.append(list(prompt))
         else:
             raise UserError(f"prompt {i} is {type(prompt).__name__}: give a text or a list of token ids")
@@ -135,12 +156,18 @@ def _prompts(given: Any) -> list[str | list[int]]:
 def _params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * count
+    wrong = [given] if not isinstance(given, list | tuple) else [p for p in given if not isinstance(p, SamplingParams)]
+    if wrong:
+        raise UserError(
+            f"sampling_params holds a {type(wrong[0]).__name__}: give SamplingParams, or one for each prompt"
+        )
     if len(given) != count:
-        raise UserError(f"{len(given)} sampling_params for {count} prompts: give one, or one for each")
+        raise UserError(f"{len(given)} SamplingParams for {count} prompts: give one, or one for each")
     return list(given)
 
 
 def _progress_bar(*, show: bool) -> Progress:
+    console = Console(stderr=True)  # what a program prints on stdout stays its own
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -148,6 +175,7 @@ def _progress_bar(*, show: bool) -> Progress:
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=console,
         transient=True,
-        disable=not show,
+        disable=not (show and (console.is_terminal or console.is_jupyter)),
     )

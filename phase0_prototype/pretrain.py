@@ -3,7 +3,7 @@
 Everything needed is on the machine: the text is Python's standard library (corpus.py), the architecture a small Llama.
 Hidden matrices are trained with Muon, the rest with AdamW, on a trapezoid schedule: warm-up, constant, linear decay.
 A constant middle makes the run *resumable with another budget*: stop it whenever, start it again with the same `--out`
-and a smaller or larger `--tokens`, and only the decay moves. The decay runs on 1,024-token windows, the rest on 512.
+and a smaller or larger `--tokens`, and only the decay moves. The decay runs on 1,024-token windows, the rest on 256.
 
 The forward under training is `transformers`' Llama: an engine that later agrees with it token for token was not
 trained to agree with itself.
@@ -29,8 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from phase0_prototype import corpus
 
+REPORT_STEPS = 20
+HELD_OUT_STEPS = 200
+SAVE_SECONDS = 180
+VOCAB_SIZE = 4096
 SHAPE = {
-    "vocab_size": 4096,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
     "intermediate_size": 640,
     "num_hidden_layers": 8,
@@ -50,7 +54,7 @@ class Recipe:
 
     tokens: int = 20_000_000
     tokens_per_step: int = 4096
-    seq_len: int = 512
+    seq_len: int = 256
     decay_seq_len: int = 1024
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -130,7 +134,11 @@ def loss_function(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tens
 
 @torch.no_grad()
 def held_out_loss(
-    loss: Callable[[Any, Tensor, Tensor], Tensor], model: LlamaForCausalLM, stream: npt.NDArray[np.uint16], rows: int, seq: int
+    loss: Callable[[Any, Tensor, Tensor], Tensor],
+    model: LlamaForCausalLM,
+    stream: npt.NDArray[np.uint16],
+    rows: int,
+    seq: int,
 ) -> float:
     """Mean nats/token over the first windows of the held-out stream (a progress figure; the card's is exact)."""
     windows = min(64, (len(stream) - 1) // seq) // rows * rows
@@ -143,73 +151,93 @@ def held_out_loss(
     return total / (windows // rows)
 
 
+@dataclass
+class Progress:
+    """What a run resumes from, beside the weights: steps taken and tokens seen."""
+
+    step: int = 0
+    seen: int = 0
+
+
+def load_tokenizer(file: Path, documents: list[corpus.Document]) -> Tokenizer:
+    """The run's tokenizer; trained on the documents and saved when the file is not there yet."""
+    if not file.exists():
+        corpus.train_tokenizer((d.text for d in documents), VOCAB_SIZE).save(str(file))
+    return Tokenizer.from_file(str(file))
+
+
+def save_state(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
+    """Write everything that a run resumes from, replacing the file at once."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **asdict(progress)}
+    torch.save(state, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def load_state(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], device: str) -> Progress:
+    """Restore a run; a new `Progress` when there is none."""
+    if not file.exists():
+        return Progress()
+    state = torch.load(file, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    print(f"resumed at step {state['step']}, {state['seen'] / 1e6:.1f} M tokens")
+    return Progress(state["step"], state["seen"])
+
+
+def update(value: Tensor, model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """One optimiser step on the loss `value` at this learning rate, with gradients clipped to norm 1."""
+    value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def train(out: Path, recipe: Recipe, *, device: str, compile_model: bool, minutes: float) -> None:
     """Train until the recipe's tokens are used or `minutes` have passed, saving a resumable state every few minutes."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    tokenizer_file, state_file, log_file = out / "tokenizer.json", out / "state.pt", out / "log.jsonl"
-    train_docs = list(corpus.documents(held_out=False))
-    if tokenizer_file.exists():
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    else:
-        tokenizer = corpus.train_tokenizer((d.text for d in train_docs), SHAPE["vocab_size"])
-        tokenizer.save(str(tokenizer_file))
-    windows = Windows(corpus.encode_documents(tokenizer, train_docs), recipe.seed)
+    documents = list(corpus.documents(held_out=False))
+    tokenizer = load_tokenizer(out / "tokenizer.json", documents)
+    windows = Windows(corpus.encode_documents(tokenizer, documents), recipe.seed)
     held_out = np.concatenate(corpus.encode_documents(tokenizer, list(corpus.documents(held_out=True))))
-
     config = LlamaConfig(**SHAPE, bos_token_id=0, eos_token_id=0, pad_token_id=1, attn_implementation="sdpa")
     model = LlamaForCausalLM(config).to(device)
     optimizers = make_optimizers(model, recipe)
-    step, seen = 0, 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seen = state["step"], state["seen"]
-        print(f"resumed at step {step}, {seen / 1e6:.1f} M tokens")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {windows.total / 1e6:.2f} M training tokens")
-
+    progress = load_state(out / "state.pt", model, optimizers, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {windows.total / 1e6:.2f} M training tokens")
     loss = torch.compile(loss_function, dynamic=False) if compile_model else loss_function
 
-    def save() -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "seen": seen}
-        torch.save(state, state_file.with_suffix(".tmp"))
-        state_file.with_suffix(".tmp").replace(state_file)
-
     began = saved_at = reported_at = time.perf_counter()
-    seen_at_report = seen
-    while step < recipe.steps and time.perf_counter() - began < minutes * 60:
-        seq = recipe.decay_seq_len if recipe.in_decay(step) else recipe.seq_len
+    reported = progress.seen
+    while progress.step < recipe.steps and time.perf_counter() - began < minutes * 60:
+        seq = recipe.decay_seq_len if recipe.in_decay(progress.step) else recipe.seq_len
         rows = recipe.tokens_per_step // seq
-        ids, targets = (t.to(device) for t in windows.batch(seen, rows, seq))
+        ids, targets = (t.to(device) for t in windows.batch(progress.seen, rows, seq))
         value = loss(model, ids, targets)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * recipe.rate(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + rows * seq
+        update(value, model, optimizers, recipe.learning_rate * recipe.rate(progress.step))
+        progress.step, progress.seen = progress.step + 1, progress.seen + rows * seq
         now = time.perf_counter()
-        if step % 20 == 0:
-            speed = (seen - seen_at_report) / (now - reported_at)
-            line = {"step": step, "tokens": seen, "loss": round(value.item(), 4), "rate": round(recipe.rate(step), 4)}
-            if step % 200 == 0 or step == recipe.steps:
+        if progress.step % REPORT_STEPS == 0:
+            if math.isnan(value.item()):
+                raise FloatingPointError(f"the loss is NaN: lower --learning-rate ({recipe.learning_rate})")
+            speed = (progress.seen - reported) / (now - reported_at)
+            line = {"step": progress.step, "tokens": progress.seen, "loss": round(value.item(), 4)}
+            if progress.step % HELD_OUT_STEPS == 0 or progress.step == recipe.steps:
                 line["held_out"] = round(held_out_loss(loss, model, held_out, rows, seq), 4)
-            eta = (recipe.tokens - seen) / speed / 60
-            print(f"{json.dumps(line)} {speed:,.0f} tokens/s, {eta:.0f} min left", flush=True)
-            with log_file.open("a") as log:
+            left = (recipe.tokens - progress.seen) / speed / 60
+            print(f"{json.dumps(line)} {speed:,.0f} tokens/s, {left:.0f} min left", flush=True)
+            with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            reported_at, seen_at_report = time.perf_counter(), seen
-        if math.isnan(value.item()):
-            raise FloatingPointError(f"loss is NaN at step {step}: lower --learning-rate ({recipe.learning_rate})")
-        if now - saved_at > 180:
-            save()
+            reported_at, reported = time.perf_counter(), progress.seen
+        if now - saved_at > SAVE_SECONDS:
+            save_state(out / "state.pt", model, optimizers, progress)
             saved_at = time.perf_counter()
-    save()
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    save_state(out / "state.pt", model, optimizers, progress)
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ _NO_TOKEN = -1
 class SamplingError(RuntimeError):
     """A row of logits from which no token can be chosen: it holds NaN or +inf, or every token of it is banned."""
 
+    is_user_error = True  # a dtype, checkpoint or stop_token_ids is to be changed: one line, no traceback (errors.py)
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -122,9 +124,12 @@ def _cut(scores: Tensor, threshold: Tensor) -> None:
 
 
 def _kth(ranked: Tensor, top_k: Tensor) -> Tensor:
-    """The k-th largest of each row [S]; -inf where top_k is 0 or more than there are. ranked [S, R] descends."""
+    """The k-th largest of each row [S], or the last where there are not so many; -inf where top_k is 0 (off).
+
+    ranked [S, R] descends.
+    """
     last = (top_k.clamp(min=1, max=ranked.shape[1]) - 1)[:, None]
-    return ranked.gather(1, last)[:, 0].masked_fill((top_k == 0) | (top_k > ranked.shape[1]), -math.inf)
+    return ranked.gather(1, last)[:, 0].masked_fill(top_k == 0, -math.inf)
 
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:

@@ -52,13 +52,13 @@ def _declare(default: object, check: _Check) -> Any:
 
 
 def _number(default: float, allowed: str, low: float, high: float, *, above_low: bool = False) -> Any:
-    """A float in [low, high], or in (low, high]. Infinity and NaN never are."""
+    """A float in [low, high], or in (low, high]."""
 
     def check(name: str, value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise _bad(name, value, allowed)
         number = float(value)
-        if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
+        if not low <= number <= high or (above_low and number == low):  # true of NaN, too
             raise _bad(name, value, allowed)
         return number
 

@@ -51,7 +51,9 @@ class Scheduler:
                 break
             chosen.append(request)
             budget -= request.num_new_tokens
-        return Step(tuple(ScheduledRequest(r, r.num_computed_tokens, r.num_new_tokens) for r in chosen or self.running))
+        if not chosen:  # in the order of their rows: attention reads neighbouring rows as one slice
+            chosen = sorted(self.running, key=self.kv.blocks)
+        return Step(tuple(ScheduledRequest(r, r.num_computed_tokens, r.num_new_tokens) for r in chosen))
 
     def finish(self, step: Step, tokens: list[list[int]]) -> list[Request]:
         """Record what a step computed and sampled; returns the requests that ended.

@@ -9,6 +9,8 @@ from pathlib import Path
 class CourseError(ValueError):
     """A mistake of the user, or of a course file; its text is the one line to print."""
 
+    is_user_error = True  # `titan` prints it as one line
+
 
 class LearnerCodeError(CourseError):
     """The learner's file does not load; the text is `file:line: error`."""

@@ -63,10 +63,15 @@ def grade(
     wrong: dict[str, str] = {}
     for gate in gates:
         starting(gate)
+        missing = needs.absent(gate.needs)
+        if missing:
+            yield Outcome(gate, "not measured", detail=missing)
+            continue
         if wait and gate.task in wrong and gate.kind != "exact":
             yield Outcome(gate, "waiting", detail=f"gate {wrong[gate.task]} of the same task must pass first")
             continue
-        outcome = _grade(gate, room, use, root or rooms.ROOT)
+        run = _run_tests if gate.pytest else _measure
+        outcome = run(gate, room, use, root or rooms.ROOT)
         if outcome.status == "failed" and gate.kind == "exact":
             wrong.setdefault(gate.task, gate.id)
         yield outcome
@@ -118,13 +123,6 @@ def record(outcomes: Iterable[Outcome], room: str, command: str, root: Path | No
     return [write(rooms.phase(room), name, figures, command=command, root=root) for name, figures in files.items()]
 
 
-def _grade(gate: Gate, room: str, use: Use, root: Path) -> Outcome:
-    missing = needs.absent(gate.needs)
-    if missing:
-        return Outcome(gate, "not measured", detail=missing)
-    return _run_tests(gate, use, root) if gate.pytest else _measure(gate, room, use, root)
-
-
 def _measure(gate: Gate, room: str, use: Use, root: Path) -> Outcome:
     try:
         answer = gate.function()(use)
@@ -145,7 +143,7 @@ def _number(answer: object, gate: Gate) -> float:
     return float(answer)
 
 
-def _run_tests(gate: Gate, use: Use, root: Path) -> Outcome:
+def _run_tests(gate: Gate, room: str, use: Use, root: Path) -> Outcome:
     run = nodes.run((gate.pytest,), use=str(use), root=root)
     if run.broken:
         return Outcome(gate, "failed", detail=f"{gate.pytest}: {run.broken}", crashed=True)

@@ -1,7 +1,7 @@
 """What a gate needs from the machine, and why it is absent.
 
-A need is `cpu`, `cuda`, `cuda:N` (N devices), `triton`, `nvcc`, `compiler` (a host C++ compiler), or the name of a
-Python package; several are joined by commas.
+A need is `cpu`, `amx` (an Intel CPU with matrix units), `cuda`, `cuda:N` (N devices), `triton`, `nvcc`, `nvrtc` (or
+nvcc), `compiler` (a host C++ compiler), or the name of a Python package; several are joined by commas.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 from module0_profiling.course.errors import CourseError
+from module0_profiling.device import detect
+from module0_profiling.gpu_tools import find_nvrtc
 
 NEED = re.compile(r"cuda:[1-9]\d*|[a-z_][a-z0-9_.]*")
 
@@ -27,7 +29,7 @@ def split(needs: str) -> tuple[str, ...]:
     found = tuple(need.strip() for need in needs.split(","))
     for need in found:
         if not NEED.fullmatch(need):
-            raise CourseError(f"needs {need!r} is not cpu, cuda, cuda:N, triton, nvcc, compiler or a Python package")
+            raise CourseError(f"needs {need!r} is not cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler or a Python package")
     return found
 
 
@@ -41,6 +43,10 @@ def _absent(need: str) -> str | None:
         return None
     if need == "cuda" or need.startswith("cuda:"):
         return _absent_cuda(need)
+    if need == "amx":
+        return None if any("amx" in flag.lower() for flag in detect("cpu").features) else "needs a CPU with AMX"
+    if need == "nvrtc":
+        return None if find_nvrtc() or _nvcc() else "needs NVRTC or nvcc: pip install nvidia-cuda-nvrtc"
     if need == "nvcc":
         return None if _nvcc() else "needs nvcc, there is none on PATH or in CUDA_HOME"
     if need == "compiler":

@@ -79,7 +79,10 @@ def _read(report: Path, status: int) -> Run:
     skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
     broken = ""
     if status not in (0, 1):
-        broken = "no such test" if not cases else f"{cases[0].get('name')} does not import: {_last_error(errors)}"
+        broken = (
+            f"{errors[0][0].get('name')} does not import: {_last_error(errors)}" if errors else "it was interrupted"
+        )
+        broken = broken if cases else "no such test"
     first = next((f"{case.get('name')}: {_message(found)}" for case, found in failures + errors), "")
     return Run(
         passed=len(cases) - len({id(case) for case, _ in failures + errors}) - len(skips),

@@ -122,12 +122,15 @@ void count_request(Counts& counts, const Access* first, const Access* last) {
 
 void flush(Warp& warp) {
     auto key = [](const Access& a) { return std::make_tuple(a.site, a.turn, a.global, a.store, a.lane); };
-    std::stable_sort(warp.log.begin(), warp.log.end(), [&](const Access& a, const Access& b) { return key(a) < key(b); });
+    std::stable_sort(warp.log.begin(), warp.log.end(),
+                     [&](const Access& a, const Access& b) { return key(a) < key(b); });
     for (size_t i = 0; i < warp.log.size();) {
         size_t end = i;
-        while (end < warp.log.size() && warp.log[end].site == warp.log[i].site && warp.log[end].turn == warp.log[i].turn &&
-               warp.log[end].global == warp.log[i].global && warp.log[end].store == warp.log[i].store)
-            ++end;
+        auto request = [&](size_t at) {
+            const Access& a = warp.log[at];
+            return std::make_tuple(a.site, a.turn, a.global, a.store);
+        };
+        while (end < warp.log.size() && request(end) == request(i)) ++end;
         count_request(machine->counts, &warp.log[i], warp.log.data() + end);
         i = end;
     }

@@ -50,6 +50,10 @@ class CMemory(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("accesses", "bytes", "requests", "transactions", "ideal")]
 
+    def freeze(self) -> Memory:
+        """The same numbers as plain data."""
+        return Memory(self.accesses, self.bytes, self.requests, self.transactions, self.ideal)
+
 
 class CTraffic(ctypes.Structure):
     """``Counts`` of runtime.cpp."""
@@ -62,9 +66,11 @@ class CTraffic(ctypes.Structure):
 
     def freeze(self) -> Traffic:
         """The same numbers as plain data."""
-        names = [name for name, _ in CMemory._fields_]
-        sides = [Memory(*(int(getattr(side, name)) for name in names)) for side in self._sides()]
-        return Traffic(*sides, out_of_bounds=int(self.out_of_bounds), misaligned=int(self.misaligned))
-
-    def _sides(self) -> tuple[CMemory, CMemory, CMemory, CMemory]:
-        return self.global_loads, self.global_stores, self.shared_loads, self.shared_stores
+        return Traffic(
+            self.global_loads.freeze(),
+            self.global_stores.freeze(),
+            self.shared_loads.freeze(),
+            self.shared_stores.freeze(),
+            int(self.out_of_bounds),
+            int(self.misaligned),
+        )

@@ -34,7 +34,8 @@ template <int n> __device__ __forceinline__ void reverse_of(float* data) {
 extern "C" __global__ void __launch_bounds__(64) reverse(float* data) { reverse_of<64>(data); }
 __device__ float4 twice(float4 v) { return make_float4(2 * v.x, 2 * v.y, 2 * v.z, 2 * v.w); }
 extern "C" __global__ void vectors(const float* in, float* out, int first) {
-    *reinterpret_cast<float4*>(out + threadIdx.x * 4) = twice(*reinterpret_cast<const float4*>(in + first + threadIdx.x * 4));
+    const float4* from = reinterpret_cast<const float4*>(in + first + threadIdx.x * 4);
+    *reinterpret_cast<float4*>(out + threadIdx.x * 4) = twice(*from);
 }
 extern "C" __global__ void outside(const float* in, float* out, int n) { out[threadIdx.x] = in[threadIdx.x + n]; }
 extern "C" __global__ void scale(float* data, float by) { data[threadIdx.x] *= by; }

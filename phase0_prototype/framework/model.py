@@ -10,15 +10,21 @@ Letters: T tokens of the batch, S tokens of one sequence, Hq query heads, Hkv ke
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from phase0_prototype.batch import Batch
+from phase0_prototype.checkpoint import tensor_shapes
 from phase0_prototype.config import ModelConfig
-from phase0_prototype.kv_cache import KVCache, KVSpec
 from phase0_prototype.layers import Layers
 from phase0_prototype.weights import Destination
+
+from .kv_cache import KVSpec
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
 
 
 class DecoderModel(nn.Module):
@@ -33,28 +39,8 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config, self.rotary = config, layers.rotary()
         self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, layers.dtype)
-        c, q, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
-        if not c.tie_word_embeddings:
-            shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-        for i in range(c.num_layers):
-            layer = {
-                "input_layernorm.weight": (c.hidden_size,),
-                "self_attn.q_proj.weight": (q, c.hidden_size),
-                "self_attn.k_proj.weight": (kv, c.hidden_size),
-                "self_attn.v_proj.weight": (kv, c.hidden_size),
-                "self_attn.o_proj.weight": (c.hidden_size, q),
-                "post_attention_layernorm.weight": (c.hidden_size,),
-                "mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
-                "mlp.up_proj.weight": (c.intermediate_size, c.hidden_size),
-                "mlp.down_proj.weight": (c.hidden_size, c.intermediate_size),
-            }
-            if c.qkv_bias:  # Qwen2
-                layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-            if c.qk_norm:  # Qwen3
-                layer |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        self.w = {n: torch.empty(s, dtype=layers.dtype, device=layers.device) for n, s in shapes.items()}
+        shapes = tensor_shapes(config)  # by the names that checkpoints use; a matrix is [out, in]
+        self.w = {name: torch.empty(s, dtype=layers.dtype, device=layers.device) for name, s in shapes.items()}
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Logits [R, V] of the batch's `logits_rows`: each sequence on its own, one after the other."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from phase0_prototype.batch import Batch
-from phase0_prototype.kv_cache import KVCache
-from phase0_prototype.model import DecoderModel
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+    from .model import DecoderModel
 
 
 class Runner:
@@ -36,6 +39,10 @@ class Runner:
         return self.model(batch, self.kv)
 
 
-# TASK 0.3: add "compile": a runner whose decode steps go through torch.compile, for few enough shapes that it compiles
-# once and not at every token; and on a GPU "cuda-graph".
-RUNNERS: dict[str, Callable[[DecoderModel, KVCache], Runner]] = {"eager": Runner, "compile": Runner}
+# TASK 0.3: make "compile" a runner whose decode steps go through torch.compile, in so few shapes that it does not
+# compile again at every token; and "cuda-graph" one that records a decode step on a GPU once and replays it.
+RUNNERS: dict[str, Callable[["DecoderModel", "KVCache"], Runner]] = {
+    "eager": Runner,
+    "compile": Runner,
+    "cuda-graph": Runner,
+}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from phase0_prototype.batch import ScheduledRequest, Step
-from phase0_prototype.kv_cache import KVCache
 from phase0_prototype.request import Request
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
 
 
 class Scheduler:

@@ -1,1 +1,1 @@
-"""Kernels of phase 0: three ladders in CUDA C++ (access patterns, matrix product, occupancy) with their Triton twins."""
+"""Kernels of phase 0: ladders in CUDA C++ (access patterns, matrix product, occupancy), each with a Triton twin."""

@@ -1,7 +1,7 @@
 // Access patterns: transpose a matrix of float32,  out[c][r] = in[r][c].
 //
-// Work: no arithmetic. It must read rows*cols floats and write as many: 8 bytes an element. A copy does the same, so the
-// copy rate of the machine is the limit, and all that differs between the versions is the pattern of their addresses.
+// Work: no arithmetic. It must read rows*cols floats and write as many: 8 bytes an element. A copy does the same, so
+// the copy rate of the machine is the limit. All that differs between the versions is the pattern of their addresses.
 //
 // A warp's 32 lanes issue one request. Global memory answers in sectors of 32 bytes: 32 neighbouring floats are 4
 // sectors, 32 floats one row apart are 32 sectors, of which 7/8 is thrown away. Shared memory has 32 banks of 4 bytes:
@@ -26,7 +26,7 @@ transpose_naive(const float* __restrict__ in, float* __restrict__ out, int rows,
     if (r < rows && c < cols) out[c * rows + r] = in[r * cols + c];
 }
 
-// adds: lanes that are neighbours in the output instead (a cache forgives strided reads more than strided writes)
+// adds: lanes that are neighbours in the output instead (a cache can serve what a strided read fetched too much of)
 // launch: tile 32x32, block 32x32
 extern "C" __global__ void __launch_bounds__(1024)
 transpose_write_first(const float* __restrict__ in, float* __restrict__ out, int rows, int cols) {
@@ -83,8 +83,8 @@ transpose_fast(const float* __restrict__ in, float* __restrict__ out, int rows, 
 
     const int out_r = c0 + line, out_c = r0 + four;
     if (rows % 4 == 0 && out_r < cols && out_c < rows) {
-        const float4 v = make_float4(tile[four][line], tile[four + 1][line], tile[four + 2][line], tile[four + 3][line]);
-        *reinterpret_cast<float4*>(&out[out_r * rows + out_c]) = v;
+        *reinterpret_cast<float4*>(&out[out_r * rows + out_c]) =
+            make_float4(tile[four][line], tile[four + 1][line], tile[four + 2][line], tile[four + 3][line]);
     } else if (out_r < cols) {
         for (int i = 0; i < 4; ++i)
             if (out_c + i < rows) out[out_r * rows + out_c + i] = tile[four + i][line];

@@ -14,7 +14,7 @@ from module0_profiling.triton_compile import TritonBuild
 
 
 @triton.jit
-def transpose_kernel(x_ptr, out_ptr, rows, cols, BLOCK: tl.constexpr):
+def transpose_kernel(x_ptr, out_ptr, rows, cols, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations its own way
     """One program turns one BLOCK x BLOCK tile."""
     r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -36,7 +36,7 @@ def transpose(matrix: torch.Tensor, *, block: int = 64, num_warps: int = 4) -> t
 
 AOT = (
     TritonBuild(
-        "transpose (Triton)",
+        "triton transpose",
         transpose_kernel,
         {"x_ptr": "*fp32", "out_ptr": "*fp32", "rows": "i32", "cols": "i32"},
         {"BLOCK": 64},

@@ -135,12 +135,13 @@ def _report(operation: Operation, console: object) -> None:
     from rich.console import Console
 
     from module0_profiling.gpu_tools import CompileError, MissingTool
-    from module0_profiling.kernel_commands import table_of
+    from module0_profiling.kernel_commands import LEGEND, table_of
     from module0_profiling.static_report import report_cuda
 
     assert isinstance(console, Console)
     console.print("\nNo NVIDIA GPU here: correctness on a GPU and speed are NOT MEASURED HERE. Static report:\n")
     try:
         console.print(table_of(operation.source.name, report_cuda(operation.source)))
+        console.print(LEGEND, style="dim")
     except (MissingTool, CompileError) as error:
         console.print(str(error), markup=False, soft_wrap=True)

@@ -204,10 +204,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) matmul_vectorised(MATRICES)
     else vectorised<false>(a, b, c, m, n, k, a_tile, b_tile);
 }
 
-// One warp owns 64x32 outputs; a lane owns rows {4*lane_row, +32} x columns {4*lane_col, +16}, four of each, so that the
-// lanes of one 128-bit read are neighbours. While a tile is multiplied, the next one is on its way in registers.
+// One warp owns 64x32 outputs; a lane owns rows {4*lane_row, +32} x columns {4*lane_col, +16}, four of each, so that
+// the lanes of one 128-bit read are neighbours. While a tile is multiplied, the next one is on its way in registers.
 template <bool kWhole>
-__device__ __forceinline__ void warp_tiles(MATRICES, float (*a_tile)[kStep][kEdge + kPad], float (*b_tile)[kStep][kEdge]) {
+__device__ __forceinline__ void warp_tiles(MATRICES, float (*a_tile)[kStep][kEdge + kPad],
+                                           float (*b_tile)[kStep][kEdge]) {
     const int t = threadIdx.x, warp = t / 32, lane = t % 32;
     const int row0 = blockIdx.y * kEdge, col0 = blockIdx.x * kEdge;
     const int my_row = warp / 4 * 64 + lane / 4 * 4, my_col = warp % 4 * 32 + lane % 4 * 4;

@@ -1,14 +1,15 @@
 // Occupancy: the tiled matrix product of matmul.cu, C[m][n] = A[m][k] * B[k][n], at many tile sizes.
 //
-// Work: 2*m*n*k FLOPs as before. A block computes kTile x kTile outputs with (kTile/kPerThread)^2 threads, each of which
-// keeps kPerThread x kPerThread sums in registers. Two forces pull against each other:
+// Work: 2*m*n*k FLOPs as before. It must move 4*(m*k + k*n + m*n) bytes. A block computes kTile x kTile outputs with
+// (kTile/kPerThread)^2 threads, each of which keeps kPerThread x kPerThread sums in registers. Two forces pull against
+// each other:
 //   reuse      global loads per output are 2k/kTile; reads of shared memory per multiply-add are 2/kPerThread.
 //              Big tiles and many sums per thread are good.
 //   occupancy  an SM has warp slots, block slots, registers and shared memory to give. Big blocks, many registers and
 //              big tiles mean fewer warps to hide latency with.
-// Occupancy is a means. occupancy_tile8 fills the SM and is slow; occupancy_tile128 fills a quarter and is fast; asking
-// the compiler for more warps than the registers allow (occupancy_squeezed) spills, and the spills cost more than the
-// warps bring. `titan kernels` prints the theoretical figure of each, `ncu` the achieved one.
+// Occupancy is a means. Predict before you measure: occupancy_tile8 fills the SM but reads two floats for each
+// multiply-add; occupancy_tile128 fills a quarter of it and reads half a float; occupancy_squeezed doubles the warps of
+// tile128 and pays with spills. `titan kernels` prints the theoretical figure of each, `ncu` the achieved one.
 //
 //   occupancy_tile4     16 threads: half of each warp has no work, and block slots run out first
 //   occupancy_tile8     64 threads: a full SM, but each element is loaded k/8 times
@@ -43,7 +44,10 @@ __device__ __forceinline__ void tile_matmul(MATRICES) {
         for (int i = 0; i < kStep; ++i) {
             float a_part[kPerThread], b_part[kPerThread];  // rows y, y + kSide, ...: lanes read neighbours
 #pragma unroll
-            for (int j = 0; j < kPerThread; ++j) a_part[j] = a_tile[i][y + j * kSide], b_part[j] = b_tile[i][x + j * kSide];
+            for (int j = 0; j < kPerThread; ++j) {
+                a_part[j] = a_tile[i][y + j * kSide];
+                b_part[j] = b_tile[i][x + j * kSide];
+            }
 #pragma unroll
             for (int r = 0; r < kPerThread; ++r)
 #pragma unroll

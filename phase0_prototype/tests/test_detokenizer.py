@@ -105,6 +105,19 @@ def test_long_runs_of_broken_characters_are_shown_while_they_arrive_and_lose_not
     assert len(pieces[-1]) <= 65
 
 
+@pytest.mark.parametrize("length", range(100, 103))
+def test_a_long_run_of_broken_characters_is_not_cut_within_one(length):
+    tokens = [BYTE_LEVEL.token_to_id(character) for character in "ðŁĻ" * length][: 3 * length - length % 3]
+    pieces = stream(Detokenizer(BYTE_LEVEL), [tokens[:62], tokens[62 : 64 + length % 3], tokens[64 + length % 3 :]])
+    assert "".join(pieces) == BYTE_LEVEL.decode(tokens)
+
+
+def test_a_first_token_that_is_only_the_dropped_space_still_counts():
+    pieces = ["<s>", "▁", "▁cat"]
+    tokens = [SENTENCEPIECE.token_to_id(piece) for piece in pieces]
+    assert stream(Detokenizer(SENTENCEPIECE), [[token] for token in tokens]) == ["", "", " cat", ""]
+
+
 @settings(max_examples=150, deadline=None)
 @given(sentencepiece_chunks(), st.booleans())
 def test_pieces_join_to_the_full_decode_with_sentencepiece_spaces_and_byte_fallback(chunks, skip):
@@ -222,3 +235,9 @@ def test_what_was_held_back_is_shown_at_the_end():
     output = OutputText(Detokenizer(BYTE_LEVEL), ["cat\n\n"])
     output.append(BYTE_LEVEL.encode("the cat").ids)
     assert output.finish() == "cat" and output.text == "the cat" and output.stopped_by is None
+
+
+def test_what_the_end_reveals_can_still_hold_a_stop_string():
+    output = OutputText(Detokenizer(BYTE_LEVEL), ["x\ufffd"])
+    output.append([*BYTE_LEVEL.encode("ax").ids, BYTE_LEVEL.token_to_id("ð")])
+    assert output.finish() == "" and output.text == "a" and output.stopped_by == "x\ufffd"

@@ -31,6 +31,6 @@ extern "C" __global__ void __launch_bounds__(16) occupancy_tile4(MATRICES) { til
 // adds: nothing yet
 // launch: tile 4x4, block 16
 extern "C" __global__ void __launch_bounds__(16) occupancy_fast(MATRICES) {
-    // TASK 0.6: at least 2 multiply-adds for each read of shared memory AND half of the warp slots in use, without spills.
+    // TASK 0.6: 2 multiply-adds or more for each read of shared memory AND half of the warp slots, without spills.
     tile_matmul<4>(a, b, c, m, n, k);
 }

@@ -1,0 +1,257 @@
+"""Phase 0 against its framework, `transformers` and the machine: `python -m phase0_prototype.benchmark [case ...]`.
+
+    kv_cache   200 tokens of titan-tiny: framework, KV cache, and the count of tokens computed
+    compile    decode of titan-tiny: eager and compiled (CUDA graphs on a GPU)
+    batching   8 prompts one after the other and together
+    engines    TinyLlama-1.1B's shape in bfloat16: prefill and decode beside transformers, and the memory's limit
+    linear     all linear layers of that shape: F.linear and packed weights, by rows
+    profile    where a decode step's time goes, framework and solution
+    static     registers, spills, shared memory and occupancy of the CUDA trilogy (needs NVRTC or nvcc, no GPU)
+    kernels    times of the CUDA trilogy beside torch (needs a GPU)
+
+Every case times its subjects in turns (A B A B), several rounds, in one process, and writes
+reports/results/phase0/<case>.json. The ratios are medians of ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from module0_profiling.bench_gpu import GpuCase
+from module0_profiling.hardware import detect, measured_peaks
+from module0_profiling.results import Figure, record
+from phase0_prototype import kernel_cases, workloads
+from phase0_prototype.llm import LLM
+from phase0_prototype.workloads import SHAPE, TINY, Run, in_turns
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line fixed for all cases."""
+
+    device: str
+    rounds: int
+    checkpoint: Path | None
+    console: Console
+
+
+def spread(values: Sequence[float]) -> float:
+    """(max - min) / median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def figure(name: str, values: Sequence[float], unit: str, note: str = "") -> Figure:
+    """Median and spread of a series."""
+    return Figure(name, statistics.median(values), unit, spread(values), note)
+
+
+def ratio(name: str, slow: Sequence[float], fast: Sequence[float], note: str = "") -> Figure:
+    """How many times faster `fast` is, round by round."""
+    return figure(name, [s / f for s, f in zip(slow, fast, strict=True)], "x", note)
+
+
+def kv_cache(options: Options) -> tuple[Figure, ...]:
+    """The framework recomputes every token at every step; the cache computes each once."""
+    names = {"framework": "phase0=framework", "solution": "phase0=solution"}
+    llms = {name: LLM(TINY, device=options.device, max_num_seqs=1, use=use) for name, use in names.items()}
+    prompts = workloads.random_prompts(4096, [8])
+    subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
+    runs = in_turns(subjects, options.rounds, options.console)
+    seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
+    computed = {n: llm.engine.runner.forward_tokens / (options.rounds + 1) for n, llm in llms.items()}
+    return (
+        figure("framework", [200 / s for s in seconds["framework"]], "tokens/s"),
+        figure("solution", [200 / s for s in seconds["solution"]], "tokens/s"),
+        ratio("speedup", seconds["framework"], seconds["solution"]),
+        Figure("framework_tokens_computed", computed["framework"], "tokens", note="prompt of 8, 200 generated"),
+        Figure("solution_tokens_computed", computed["solution"], "tokens"),
+    )
+
+
+def compiled(options: Options) -> tuple[Figure, ...]:
+    """Decode of the small model, which the cost of each operation holds back."""
+    fast = "cuda-graph" if options.device.startswith("cuda") else "compile"
+    llms = {runner: LLM(TINY, device=options.device, max_num_seqs=1, runner=runner) for runner in ("eager", fast)}
+    prompts = workloads.random_prompts(4096, [8])
+    subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
+    runs = in_turns(subjects, options.rounds, options.console)
+    eager, quick = ([r.per_step for r in runs[name]] for name in ("eager", fast))
+    return (
+        figure("eager", [1 / s for s in eager], "tokens/s"),
+        figure(fast, [1 / s for s in quick], "tokens/s"),
+        ratio("speedup", eager, quick),
+    )
+
+
+def batching(options: Options) -> tuple[Figure, ...]:
+    """Eight prompts of different lengths through the solution's engine: alone, and as one batch."""
+    llm = LLM(TINY, device=options.device, max_num_seqs=8)
+    prompts = workloads.random_prompts(4096, list(workloads.LENGTHS_OF_8))
+    subjects = {
+        "alone": partial(workloads.run_alone, llm, prompts, 64),
+        "batch": partial(workloads.run_ours, llm, prompts, 64),
+    }
+    runs = in_turns(subjects, options.rounds, options.console)
+    seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
+    return (
+        figure("one_at_a_time", [8 * 64 / s for s in seconds["alone"]], "tokens/s"),
+        figure("batch_of_8", [8 * 64 / s for s in seconds["batch"]], "tokens/s"),
+        ratio("speedup", seconds["alone"], seconds["batch"]),
+    )
+
+
+def engines(options: Options) -> tuple[Figure, ...]:
+    """Prefill and decode of the 1.1B shape beside transformers."""
+    figures: list[Figure] = []
+    with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
+        peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
+        llm = LLM(str(directory), dtype="bfloat16", device=options.device, max_model_len=1152, max_num_seqs=32)
+        device = detect(options.device)
+        bandwidths: list[float] = []
+        for batch, length, new in ((1, 128, 24), (8, 128, 16), (32, 128, 8), (1, 1024, 4)):
+            prompts = workloads.random_prompts(32000, [length] * batch)
+            subjects = {
+                "ours": partial(workloads.run_ours, llm, prompts, new),
+                "transformers": partial(workloads.run_transformers, peer, prompts, new),
+            }
+            runs = in_turns(subjects, options.rounds, options.console)
+            prefill = {n: [r.prefill for r in done] for n, done in runs.items()}
+            decode = {n: [r.per_step for r in done] for n, done in runs.items()}
+            if length == 128:
+                for n, values in decode.items():
+                    figures.append(figure(f"decode, batch {batch}/{n}", [batch / s for s in values], "tokens/s"))
+                figures.append(ratio(f"decode, batch {batch}/speedup", decode["transformers"], decode["ours"]))
+            if batch == 1:
+                for n, values in prefill.items():
+                    figures.append(figure(f"prefill, {length} tokens/{n}", [length / s for s in values], "tokens/s"))
+                figures.append(ratio(f"prefill, {length} tokens/speedup", prefill["transformers"], prefill["ours"]))
+            if batch == 1 and length == 128:
+                read = [workloads.bytes_per_step(llm, length, new) / s for s in decode["ours"]]
+                bandwidths = [measured_peaks(device, refresh=True).read_bandwidth for _ in range(2)]
+                figures.append(figure("decode, batch 1/bytes read", [r / 1e9 for r in read], "GB/s"))
+                figures.append(Figure("decode, batch 1/read bandwidth", max(bandwidths) / 1e9, "GB/s"))
+                figures.append(Figure("decode, batch 1/share", 100 * statistics.median(read) / max(bandwidths), "%"))
+    return tuple(figures)
+
+
+def linear(options: Options) -> tuple[Figure, ...]:
+    """All linear layers of the 1.1B shape in sequence: the checkpoint's layout and the packed one."""
+    from phase0_prototype.linear import Dense, Linear, LinearFormat, OneDNNPacked, Part
+
+    device = torch.device(options.device)
+    formats: dict[str, LinearFormat] = {"F.linear": Dense()}
+    if not OneDNNPacked.why_not(device, torch.bfloat16):
+        formats["packed"] = OneDNNPacked()
+    stacks: dict[str, list[Linear]] = {}
+    for name, number_format in formats.items():
+        stacks[name] = []
+        for _ in range(8):  # 8 of the 22 layers: 700 MB, far beyond any cache
+            for rows, width in ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632)):
+                layer = Linear(
+                    (Part("w", rows),),
+                    width,
+                    bias=False,
+                    number_format=number_format,
+                    dtype=torch.bfloat16,
+                    device=device,
+                )
+                layer.destinations()["w.weight"].load(torch.randn(rows, width).to(torch.bfloat16))
+                stacks[name].append(layer)
+    weights = sum(layer.in_features * layer.out_features for layer in stacks["F.linear"])
+    figures: list[Figure] = []
+    for rows in (1, 8, 32, 128, 1024):
+        inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in (2048, 5632)}
+
+        def once(stack: list[Linear], inputs: dict[int, torch.Tensor] = inputs) -> Run:
+            began = time.perf_counter()
+            with torch.inference_mode():
+                for layer in stack:
+                    layer(inputs[layer.in_features])
+            return Run(0.0, time.perf_counter() - began, 1, [])
+
+        runs = in_turns({name: partial(once, stack) for name, stack in stacks.items()}, options.rounds, options.console)
+        for name, done in runs.items():
+            seconds = [r.decode for r in done]
+            figures.append(figure(f"{rows} rows/{name}, GB/s", [2 * weights / s / 1e9 for s in seconds], "GB/s"))
+            figures.append(
+                figure(f"{rows} rows/{name}, TFLOP/s", [2 * weights * rows / s / 1e12 for s in seconds], "TFLOP/s")
+            )
+    return tuple(figures)
+
+
+def profile(options: Options) -> tuple[Figure, ...]:
+    """Share of each operation in a decode step, and how much of the step is operations at all."""
+    from phase0_prototype.profile import decode_profile
+
+    return decode_profile(options.device)
+
+
+CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
+    "kv_cache": kv_cache,
+    "compile": compiled,
+    "batching": batching,
+    "engines": engines,
+    "linear": linear,
+    "profile": profile,
+    "static": lambda options: kernel_cases.static(),
+    "kernels": lambda options: kernel_cases.timed(),
+}
+NEEDS_GPU = ("kernels",)
+
+GPU_CASES = (
+    GpuCase("kernels", value=10, seconds=90),
+    GpuCase("engines", value=9, seconds=120),
+    GpuCase("compile", value=8, seconds=60),
+    GpuCase("kv_cache", value=7, seconds=60),
+    GpuCase("profile", value=6, seconds=40),
+    GpuCase("batching", value=5, seconds=60),
+    GpuCase("linear", value=3, seconds=30),
+)
+
+
+def main() -> None:
+    """Run the cases named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpoint", type=Path, help=f"a checkpoint of {SHAPE}, written by `titan checkpoint`")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    args = parser.parse_args()
+    unknown = [c for c in args.cases if c not in CASES]
+    if unknown:
+        parser.error(f"unknown case {unknown[0]!r}: choose {', '.join(CASES)}")
+    if not args.device.startswith("cuda") and (needs := [c for c in args.cases if c in NEEDS_GPU]):
+        parser.error(f"{needs[0]} needs a GPU: nothing was measured")
+    console = Console()
+    options = Options(args.device, args.rounds, args.checkpoint, console)
+    chosen = args.cases or [c for c in CASES if c not in NEEDS_GPU or options.device.startswith("cuda")]
+    for name in chosen:
+        console.rule(name)
+        figures = CASES[name](options)
+        for f in figures:
+            console.print(f"  {f.name:45} {f.value:12.4g} {f.unit:10} spread {(f.spread or 0):.0%}", highlight=False)
+        if not args.no_record:
+            suffix = "_gpu" if args.device.startswith("cuda") else ""
+            command = f"python -m phase0_prototype.benchmark {name}"
+            record(
+                "phase0",
+                name + suffix,
+                figures,
+                command=command,
+                peers=("transformers",) if name == "engines" else (),
+                device="gpu" if suffix else "cpu",
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Benchmark cases of the CUDA trilogy: its static facts, which need no GPU, and its times, which need one."""
+
+from __future__ import annotations
+
+import importlib
+
+from module0_profiling.kernel_commands import kernel_sources, report_file
+from module0_profiling.results import Figure
+
+ROOM = "phase0_prototype"
+OPERATIONS = ("coalescing", "matmul", "occupancy")
+ARCHS = ("sm_80", "sm_90", "sm_120")
+
+
+def static() -> tuple[Figure, ...]:
+    """Registers, spills, shared memory and theoretical occupancy of every kernel on every architecture.
+
+    Raises:
+        MissingTool: neither NVRTC nor nvcc is here.
+    """
+    figures: list[Figure] = []
+    for source in kernel_sources(ROOM):
+        for r in report_file(ROOM, source, ARCHS, None):
+            row = f"{r.kernel}, {r.arch}"
+            figures += [
+                Figure(f"{row}/registers", r.registers, "", note=r.compiler),
+                Figure(f"{row}/spills", r.spill_bytes, "B"),
+                Figure(f"{row}/shared memory", r.shared_bytes, "B"),
+                Figure(f"{row}/occupancy", 100 * r.occupancy.fraction, "%", note=f"limited by {r.occupancy.limiter}"),
+            ]
+    return tuple(figures)
+
+
+def timed() -> tuple[Figure, ...]:
+    """Error and time of every version on the GPU, beside torch (cuBLAS for the products)."""
+    from phase0_prototype.kernels import harness
+
+    figures: list[Figure] = []
+    for name in OPERATIONS:
+        operation = importlib.import_module(f"{ROOM}.kernels.{name}").OPERATION
+        errors: dict[str, float] = {}
+        for checked in harness.check(operation):
+            errors[checked.version] = max(errors.get(checked.version, 0.0), checked.error)
+        for row in harness.bench(operation):
+            figures += [
+                Figure(f"{row.version}/time", row.seconds * 1e6, "us", row.spread),
+                Figure(f"{row.version}/x first", row.over_first, "x"),
+                Figure(f"{row.version}/x {operation.peer}", row.over_peer, "x"),
+                Figure(f"{row.version}/bandwidth", row.gbytes_per_second, "GB/s"),
+                Figure(f"{row.version}/rate", row.tflops, "TFLOP/s"),
+            ]
+            if row.version in errors:
+                figures.append(Figure(f"{row.version}/error", errors[row.version], ""))
+    return tuple(figures)
