@@ -89,10 +89,12 @@ class Answer:
         return None if text is None else text.stopped_by
 
     def finish(self, request: Request, now: float) -> None:
-        """No more tokens come for this request."""
+        """No more tokens come for this request. Its last characters may still complete a stop string."""
         text = self._sequences[request.request_id].text
-        if text is not None and text.stopped_by is None:
+        if text is not None:
             text.finish()
+            if text.stopped_by is not None:
+                request.finish_reason, request.stop_reason = "stop", text.stopped_by
         if all(r.finish_reason is not None for r in self.requests):
             self._finished = now
 

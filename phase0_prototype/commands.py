@@ -93,9 +93,9 @@ def run(
     assert isinstance(params, SamplingParams)
     notes = Console(stderr=True, highlight=False)
     chosen = Use.parse(use)
-    notes.print(describe(chosen), style="dim")
     with notes.status(f"loading {model}"):
         llm = LLM(model, dtype=dtype, device=device, runner=runner, max_model_len=max_model_len, use=chosen)
+    notes.print(describe(chosen), style="dim")
     for prompt in prompts:
         speed = console.stream(llm, prompt, params)
         notes.print()

@@ -30,6 +30,7 @@ from phase0_prototype.layers import Layers
 from phase0_prototype.logprobs import logprobs_of
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
+from phase0_prototype.rng import derive_seed
 from phase0_prototype.sampler import sample
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.sampling_rows import SamplingRows
@@ -65,7 +66,7 @@ class Engine:
     ) -> None:
         self.model, self.kv, self.scheduler, self.runner = model, kv, scheduler, runner
         self.config, self.tokenizer, self.max_model_len, self.device = config, tokenizer, max_model_len, device
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._answers: dict[str, Answer] = {}  # by request id of the prompt
         self._of_request: dict[str, Answer] = {}  # by request id of the sequence
         self._count = 0
@@ -84,16 +85,14 @@ class Engine:
                 "for the answer: shorten the prompt or raise max_model_len"
             )
         request_id = str(self._count)
+        seed = derive_seed(self._seed, self._count) if params.seed is None else params.seed
         self._count += 1
-        seed = params.seed
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds, dtype=torch.int64))
         requests = [
             Request(
                 request_id if params.n == 1 else f"{request_id}.{i}",
                 prompt_ids,
                 params,
-                (seed + i) % 2**63,
+                derive_seed(seed, i) if i else seed,
                 () if params.ignore_eos else self.config.eos_token_ids,
                 min(params.max_tokens or room, room),
                 index=i,
@@ -128,11 +127,8 @@ class Engine:
         for row, request in enumerate(sampling):
             answer = self._of_request[request.request_id]
             answer.take_token(request, sampled.logprobs, row, now)
-            if answer.stopped_by(request) is not None and request.finish_reason in (None, "length"):
-                running = request.finish_reason is None
-                request.finish_reason, request.stop_reason = "stop", answer.stopped_by(request)
-                if running:
-                    self.scheduler.abort(request)
+            if answer.stopped_by(request) is not None and request.finish_reason is None:
+                self.scheduler.abort(request, "stop")
             if request.finish_reason is not None:
                 answer.finish(request, now)
             touched[answer.request_id] = answer

@@ -42,13 +42,14 @@ def timed() -> tuple[Figure, ...]:
         for checked in harness.check(operation):
             errors[checked.version] = max(errors.get(checked.version, 0.0), checked.error)
         for row in harness.bench(operation):
+            label = row.version if row.version.startswith(operation.name) else f"{operation.name}: {row.version}"
             figures += [
-                Figure(f"{row.version}/time", row.seconds * 1e6, "us", row.spread),
-                Figure(f"{row.version}/x first", row.over_first, "x"),
-                Figure(f"{row.version}/x {operation.peer}", row.over_peer, "x"),
-                Figure(f"{row.version}/bandwidth", row.gbytes_per_second, "GB/s"),
-                Figure(f"{row.version}/rate", row.tflops, "TFLOP/s"),
+                Figure(f"{label}/time", row.seconds * 1e6, "us", row.spread),
+                Figure(f"{label}/x first", row.over_first, "x"),
+                Figure(f"{label}/x {operation.peer}", row.over_peer, "x"),
+                Figure(f"{label}/bandwidth", row.gbytes_per_second, "GB/s"),
+                Figure(f"{label}/rate", row.tflops, "TFLOP/s"),
             ]
             if row.version in errors:
-                figures.append(Figure(f"{row.version}/error", errors[row.version], ""))
+                figures.append(Figure(f"{label}/error", errors[row.version], ""))
     return tuple(figures)

@@ -96,7 +96,20 @@ class OneDNNPacked(Dense):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """The packed product with the bias fused."""
+        if torch.compiler.is_compiling():
+            return packed_linear(x, layer.weight, layer.bias, layer.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("titaninfer::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """The packed product as an operator that Inductor leaves alone: its own lowering takes frozen weights only."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@packed_linear.register_fake
+def _packed_linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 class Linear(nn.Module):

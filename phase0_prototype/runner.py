@@ -9,7 +9,7 @@ the cache in multiples of `LENGTH_STEP`; prompts run eagerly.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -57,11 +57,13 @@ class CompiledRunner(Runner):
     def _logits(self, batch: Batch) -> Tensor:
         if not is_decode(batch):
             return super()._logits(batch)
-        plan = self.attention.plan(batch, self.model.windows, self.kv.block_size)
+        wide = padded(batch, self.kv)
+        plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
         if plan.sequences:  # rows are not adjacent
             return super()._logits(batch)
         with torch._dynamo.config.patch(cache_size_limit=64):
-            return self._compute(batch.token_ids, batch.positions, batch.logits_rows, plan, self.kv)
+            logits = self._compute(wide.token_ids, wide.positions, wide.logits_rows, plan, self.kv)
+        return logits[: batch.num_seqs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +86,19 @@ class GraphRunner(Runner):
     def _logits(self, batch: Batch) -> Tensor:
         if not is_decode(batch):
             return super()._logits(batch)
-        plan = self.attention.plan(batch, self.model.windows, self.kv.block_size)
+        wide = padded(batch, self.kv)
+        plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
         if plan.sequences:
             return super()._logits(batch)
-        inputs = (batch.token_ids, batch.positions, batch.logits_rows, plan.slot_mapping, *plan.masks.values())
-        key = (batch.num_seqs, plan.first_row, plan.kv_len)
+        inputs = (wide.token_ids, wide.positions, wide.logits_rows, plan.slot_mapping, *plan.masks.values())
+        key = (wide.num_seqs, plan.first_row, plan.kv_len)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = self._capture(inputs, plan)
         for static, value in zip(captured.inputs, inputs, strict=True):
             static.copy_(value)
         captured.graph.replay()
-        return captured.logits
+        return captured.logits[: batch.num_seqs]
 
     def _capture(self, inputs: tuple[Tensor, ...], plan: AttentionPlan) -> _Captured:
         static = tuple(t.clone() for t in inputs)
@@ -119,6 +122,38 @@ class GraphRunner(Runner):
 def is_decode(batch: Batch) -> bool:
     """Whether every sequence brings one token and wants its logits."""
     return batch.num_tokens == batch.num_seqs == batch.logits_rows.shape[0]
+
+
+@torch.inference_mode(False)  # inference tensors would differ from those of an unpadded batch: a second compilation
+def padded(batch: Batch, kv: KVCache) -> Batch:
+    """A decode batch brought to a power of two of sequences: 32 that end one by one meet 6 shapes instead of 32.
+
+    What is added are sequences of one token, each in a free row of the cache; their logits are dropped. Where there are
+    too few free rows behind the batch's own, it stays as it is.
+    """
+    count, first = batch.num_seqs, batch.blocks[0][0]
+    size = 1 << (count - 1).bit_length()
+    rows = range(first + count, first + size)
+    if not rows or rows.stop > kv.data.shape[2] or rows.start < kv.data.shape[2] - kv.num_free:
+        return batch
+    device, block_size = batch.token_ids.device, kv.block_size
+
+    def widen(tensor: Tensor, values: Iterable[int]) -> Tensor:
+        return torch.cat((tensor, torch.tensor(list(values), dtype=torch.int64, device=device)))
+
+    zeros, ones = (0,) * len(rows), (1,) * len(rows)
+    return Batch(
+        token_ids=widen(batch.token_ids, zeros),
+        positions=widen(batch.positions, zeros),
+        slot_mapping=widen(batch.slot_mapping, (row * block_size for row in rows)),
+        query_start=torch.arange(size + 1, device=device),
+        seq_lens=widen(batch.seq_lens, ones),
+        block_tables=widen(batch.block_tables[:, 0], rows)[:, None],
+        logits_rows=torch.arange(size, device=device),
+        query_lens=batch.query_lens + ones,
+        kv_lens=batch.kv_lens + ones,
+        blocks=batch.blocks + tuple((row,) for row in rows),
+    )
 
 
 RUNNERS: dict[str, Callable[[DecoderModel, KVCache], Runner]] = {

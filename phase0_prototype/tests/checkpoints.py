@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 4}),
     "llama-gqa": ("Llama", {}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "llama-one-layer": ("Llama", {"num_hidden_layers": 1}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-head-dim": ("Llama", {"head_dim": 24}),
     "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),

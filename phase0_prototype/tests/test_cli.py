@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from module0_profiling import cli
 from phase0_prototype.tests.checkpoints import with_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,8 +90,6 @@ BAD = [
     pytest.param(["--params", "{"], ["--params", "JSON"], id="not-json"),
     pytest.param(["--params", "[1]"], ["--params", "object"], id="no-object"),
     pytest.param(["--params", '{"n": 2, "temperature": 1}'], ["n=2"], id="several-outputs"),
-]
-BAD_LATER = [  # found when the engine is built, which takes the time of importing torch
     pytest.param(["--model", "nowhere/at-all"], ["nowhere/at-all"], id="unknown-hub-model"),
     pytest.param(["--model", "no such"], ["'no such'", "titan-tiny"], id="unknown-model"),
     pytest.param(["--dtype", "int3"], ["'int3'", "bfloat16"], id="dtype"),
@@ -97,36 +97,74 @@ BAD_LATER = [  # found when the engine is built, which takes the time of importi
 ]
 
 
+@pytest.fixture
+def titan(monkeypatch, capfd):
+    """`titan` in this process, which has imported torch already."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("phase0_prototype.console.measured_peaks", lambda device: SimpleNamespace(read_bandwidth=1e10))
+    monkeypatch.delenv("IMPL", raising=False)
+
+    def call(*arguments) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["titan", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
+
+    return call
+
+
 @pytest.mark.parametrize(("arguments", "named"), BAD)
-def test_a_bad_parameter_is_one_line(arguments, named):
-    is_one_line(run(*TITAN, "generate", "def f(", *arguments), "titan: ", *named)
+def test_a_mistake_is_one_line(arguments, named, titan):
+    is_one_line(titan("generate", "def f(", *arguments), "titan: ", *named)
 
 
-@pytest.mark.parametrize(("arguments", "named"), BAD_LATER)
-def test_a_bad_setting_is_one_line(arguments, named):
-    """What the command prints before it (which parts run) is a line of its own."""
-    done = run(*TITAN, "generate", "def f(", *arguments)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("titan: ") and all(name in last for name in named)
-    assert done.stdout == ""
+def test_in_a_process_of_its_own_it_is_one_line_too():
+    is_one_line(run(*TITAN, "generate", "def f(", "--temperature", "5"), "titan: temperature=5.0")
+    is_one_line(run(*ENGINE, "def f(", "--top-k", "-7"), "phase0_prototype: top_k=-7")
 
 
-def test_the_module_is_the_engine_and_its_mistakes_are_one_line_too():
-    is_one_line(run(*ENGINE, "def f(", "--top-k", "-7"), "phase0_prototype: ", "top_k=-7")
-
-
-def test_generate_streams_the_text_and_tells_the_speed(model):
-    done = run(*ENGINE, "def add(", "--model", model, "--max-tokens", "5", "--dtype", "float32", "--device", "cpu")
+def test_generate_streams_the_text_and_tells_the_speed(model, titan):
+    done = titan("generate", "def add(", "--model", model, "--max-tokens", "5", "--dtype", "float32", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def add(")
-    assert "tokens/s" in done.stderr and "GB/s" in done.stderr
+    assert "phase0: " in done.stderr and "tokens/s" in done.stderr and "GB/s" in done.stderr
 
 
-def test_a_prompt_can_come_from_standard_input(model, tmp_path):
-    """And a checkpoint without tokenizer says so, in one line."""
+def test_the_module_runs_the_engine(model):
+    program = (
+        "import sys, runpy\n"
+        "from types import SimpleNamespace\n"
+        "import phase0_prototype.console as console\n"
+        "console.measured_peaks = lambda device: SimpleNamespace(read_bandwidth=1e10)\n"
+        f"sys.argv = ['phase0', 'class A', '--model', {str(model)!r}, '--max-tokens', '3', '--device', 'cpu']\n"
+        "runpy.run_module('phase0_prototype', run_name='__main__')\n"
+    )
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("class A") and "3 tokens" in done.stderr
+
+
+def test_a_prompt_can_come_from_standard_input(model, titan, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f("))
+    done = titan("generate", "-", "--model", model, "--device", "cpu", "--max-tokens", "2")
+    assert done.returncode == 0 and done.stdout.startswith("def f(")
+
+
+def test_a_text_for_a_checkpoint_without_tokenizer_is_refused(model, titan, tmp_path):
     bare = with_files(model, tmp_path / "bare", tokenizer=None)
-    done = run(*TITAN, "generate", "-", "--model", bare, "--device", "cpu", input="def f(")
+    done = titan("generate", "def f(", "--model", bare, "--device", "cpu")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("titan: this checkpoint has no tokenizer.json")
+
+
+def test_ctrl_c_leaves_no_traceback(model, titan, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phase0_prototype.engine.Engine.step", interrupted)
+    done = titan("generate", "def f(", "--model", model, "--device", "cpu")
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
