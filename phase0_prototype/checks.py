@@ -47,12 +47,12 @@ SHAPE = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-# 150 MB in bfloat16, in enough layers that one layer more is no large share.
+# 150 MB, in so many layers that one layer more is no large share.
 LARGER = SHAPE | {
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1408,
-    "num_hidden_layers": 24,
+    "num_hidden_layers": 12,
     "head_dim": 64,
     "num_attention_heads": 8,
 }
@@ -135,10 +135,11 @@ def steps_per_graph(use: Use) -> Measured:
 def load_memory(use: Use) -> float:
     """Memory that loading a checkpoint takes at its peak, in multiples of the weights; in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write_checkpoint(LARGER, Path(folder) / "larger")
+        small = write_checkpoint(SHAPE, Path(folder) / "small", dtype="float32")
+        path = write_checkpoint(LARGER, Path(folder) / "larger", dtype="float32")
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(load_growth, str(path), str(use)).result() / weights
+            return pool.submit(load_growth, str(path), str(small), str(use)).result() / weights
 
 
 @contextmanager

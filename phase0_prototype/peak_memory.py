@@ -11,19 +11,24 @@ import psutil
 STATUS = Path("/proc/self/status")
 
 
-def load_growth(model: str, use: str) -> int:
-    """Bytes by which the resident memory grew, at its peak, while an engine in bfloat16 was built on the CPU.
+def load_growth(model: str, small: str, use: str) -> int:
+    """Bytes by which the resident memory grew, at its peak, while an engine in float32 was built on the CPU.
 
     Args:
         model: directory of the checkpoint.
+        small: a small checkpoint, loaded first so that imports are not counted.
         use: whose parts, as `Use.parse` reads it.
     """
     from phase0_prototype.llm import LLM
 
+    def load(path: str) -> None:
+        LLM(path, dtype="float32", device="cpu", max_model_len=64, max_num_seqs=1, use=use)
+
+    load(small)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the imports
     before = psutil.Process().memory_info().rss
-    LLM(model, dtype="bfloat16", device="cpu", max_model_len=64, max_num_seqs=1, use=use)
+    load(model)
     return peak() - before
 
 

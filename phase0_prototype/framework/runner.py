@@ -41,7 +41,7 @@ class Runner:
 
 # TASK 0.3: make "compile" a runner whose decode steps go through torch.compile, in so few shapes that it does not
 # compile again at every token; and "cuda-graph" one that records a decode step on a GPU once and replays it.
-RUNNERS: dict[str, Callable[["DecoderModel", "KVCache"], Runner]] = {
+RUNNERS: dict[str, Callable[[DecoderModel, KVCache], Runner]] = {
     "eager": Runner,
     "compile": Runner,
     "cuda-graph": Runner,

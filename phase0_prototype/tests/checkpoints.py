@@ -104,7 +104,7 @@ def write(variant: str, path: Path) -> Checkpoint:
 
 
 def with_files(source: Path, path: Path, **contents: dict[str, Any] | None) -> Path:
-    """The same weights with other JSON files: `config={"eos_token_id": 5}` changes that key, `tokenizer=None` drops it."""
+    """The same weights with other JSON files: `config={"eos_token_id": 5}` sets that key, `tokenizer=None` drops it."""
     path.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.stem not in contents:

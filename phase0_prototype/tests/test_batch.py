@@ -55,6 +55,7 @@ def test_prompt_logprobs_want_every_row_of_the_prompt_and_no_more_once_it_is_in(
     assert build((plain, 0, 2), (asks, 0, 3), blocks=[(0,), (1,)], block_size=9).logits_rows.tolist() == [1, 2, 3, 4]
     answered = request([1, 2, 3], [9], prompt_logprobs=1)
     assert build((answered, 3, 1), (plain, 0, 2), blocks=[(0,), (1,)], block_size=9).logits_rows.tolist() == [0, 2]
+    assert build((answered, 0, 4), blocks=[(0,)], block_size=9).logits_rows.tolist() == [3]  # computed anew
 
 
 def test_the_step_counts_its_tokens_and_knows_who_samples():

@@ -1,4 +1,4 @@
-"""The offline API as a user meets it: every sampling parameter, streams, mistakes, interruptions, and using it again."""
+"""The offline API as a user meets it: sampling parameters, streams, mistakes, interruptions, and using it again."""
 
 from __future__ import annotations
 
@@ -220,7 +220,9 @@ def test_logprobs_are_transformers_log_softmax(llm, made, k):
             assert found.logprob == pytest.approx(row[candidate].item(), abs=1e-4)
             assert found.rank == 1 + int((row > row[candidate]).sum())
             assert found.decoded_token == llm.engine.tokenizer.decode([candidate], skip_special_tokens=False)
-    assert completion.cumulative_logprob == pytest.approx(sum(c[t].logprob for c, t in zip(completion.logprobs, completion.token_ids, strict=True)))
+    assert completion.cumulative_logprob == pytest.approx(
+        sum(c[t].logprob for c, t in zip(completion.logprobs, completion.token_ids, strict=True))
+    )
 
 
 def test_logprobs_belong_to_those_who_asked(llm, made):
@@ -252,7 +254,10 @@ def test_prompt_logprobs_are_transformers_too(made, load, budget, k):
             assert found.rank == 1 + int((row > row[candidate]).sum())
         assert next(iter(candidates)) == token
     assert len(rest) == len(PROMPT) - 1
-    assert tokens([dataclasses.replace(outputs[0])]) == made.greedy(PROMPT[:3], 4), "sampled from the wrong rows"
+    assert tokens(outputs[:1]) == made.greedy(PROMPT[:3], 4), "sampled from the wrong rows"
+    plain = dataclasses.replace(asks, prompt_logprobs=None)
+    for output, expected in zip(outputs[1:], llm.generate([PROMPT, [5]], plain), strict=True):
+        assert [c.token_ids for c in output.outputs] == [c.token_ids for c in expected.outputs]
 
 
 # Streaming

@@ -83,7 +83,9 @@ def test_a_padded_batch_gives_the_same_logits_and_leaves_their_rows_alone(checkp
         engine.add_request(random_prompt(length), greedy(9))
     engine.step()
     step = engine.scheduler.next_step()
-    batch = Batch.build(step, [engine.kv.blocks(s.request) for s in step.scheduled], engine.kv.block_size, engine.device)
+    batch = Batch.build(
+        step, [engine.kv.blocks(s.request) for s in step.scheduled], engine.kv.block_size, engine.device
+    )
     wide = solution.padded(batch, engine.kv)
     assert wide.num_seqs == {1: 1, 2: 2, 3: 4, 5: 5, 6: 6, 7: 7}[count]  # 8 would not fit in 7 rows
     with torch.inference_mode():

@@ -61,9 +61,7 @@ class Simulation:
     def write(self, step, batch) -> None:
         if not self.kv.data.numel():
             return  # task 0.1: the cache that the course starts with keeps nothing
-        values = [
-            int(s.request.request_id) * 1000.0 + p for s in step.scheduled for p in range(s.start, s.end)
-        ]
+        values = [int(s.request.request_id) * 1000.0 + p for s in step.scheduled for p in range(s.start, s.end)]
         for side in self.kv.layer(0):
             side.flatten()[batch.slot_mapping] = torch.tensor(values, dtype=torch.float64)
 
@@ -171,7 +169,7 @@ def test_decodes_read_the_cache_as_one_slice_after_others_have_ended(part):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_request_gets_the_same_tokens_alone_and_among_others(checkpoint, load, data):
-    """Through the real model: what a sequence says depends on its own keys and values only, wherever they were moved."""
+    """Through the real model: what a sequence says depends on its own keys and values, wherever they were moved."""
     made = checkpoint("mistral-window")
     engine = load(made, max_num_seqs=3, max_model_len=64, max_num_batched_tokens=24).engine
     prompts: dict[str, list[int]] = {}
