@@ -8,10 +8,8 @@ the learner's needs no counter of its own. `speed_checks.py` has the ratios.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from module0_profiling.course.parts import Use
 from phase0_prototype.batch import Batch, ScheduledRequest, Step
 from phase0_prototype.checkpoint import write_checkpoint
 from phase0_prototype.llm import LLM
-from phase0_prototype.peak_memory import load_growth
+from phase0_prototype.peak_memory import in_own_process
 from phase0_prototype.products import WeightProducts
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
@@ -138,8 +136,7 @@ def load_memory(use: Use) -> float:
         small = write_checkpoint(SHAPE, Path(folder) / "small", dtype="float32")
         path = write_checkpoint(LARGER, Path(folder) / "larger", dtype="float32")
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(load_growth, str(path), str(small), str(use)).result() / weights
+        return in_own_process(path, small, str(use)) / weights
 
 
 @contextmanager

@@ -78,6 +78,6 @@ def summary(llm: LLM, speed: Speed) -> str:
         f"{100 * speed.bandwidth / peaks.read_bandwidth:.0f} % of the {peaks.read_bandwidth / 1e9:.1f} GB/s that this "
         "machine reads.",
     ]
-    if device.kind == "cpu" and megabytes < 64:
+    if device.kind == "cpu" and speed.bytes_per_token < device.cache_bytes:
         lines.append("(A model this small lives in the CPU's cache; what holds it back is the cost of each operation.)")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ class Recipe:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 200
-    decay_fraction: float = 0.3
+    decay_fraction: float = 0.25
     seed: int = 0
 
     @property

@@ -97,13 +97,19 @@ def _print(console: Console, outcome: Outcome, room: str, root: Path | None) -> 
     gate, said = outcome.gate, outcome.detail
     if outcome.value is not None:
         unit = f" {gate.unit}" if gate.unit else ""
-        said = f"{gate.metric}: {outcome.value:.4g}{unit}, needed {gate.threshold}{unit}{f' ({said})' if said else ''}"
+        detail = f" ({said})" if said else ""
+        said = f"{gate.metric}: {_number(outcome.value)}{unit}, needed {gate.threshold}{unit}{detail}"
     if outcome.status == "not measured":
         said += f"; {last_recorded(gate, room, root)}"
     console.print(f"    {WORDS[outcome.status]} {escape(said)}")
     if outcome.status == "failed":
         console.print(escape(f"    task {gate.task}: {gate.because}"))
         console.print(escape(f"    for a hint: titan hint {rooms.phase(room)} {gate.task}"))
+
+
+def _number(value: float) -> str:
+    """Counts in full (21,500), measurements with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _sum_up(console: Console, outcomes: Sequence[Outcome], room: str) -> None:
