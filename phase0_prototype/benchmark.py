@@ -1,10 +1,11 @@
 """Phase 0 against its framework, `transformers` and the machine: `python -m phase0_prototype.benchmark [case ...]`.
 
-    kv_cache   200 tokens of titan-tiny: framework, KV cache, and the count of tokens computed
+    kv_cache   200 tokens of titan-tiny after a short and a long prompt: framework, KV cache, tokens computed
     compile    decode of titan-tiny: eager and compiled (CUDA graphs on a GPU)
     batching   8 prompts one after the other and together
     engines    TinyLlama-1.1B's shape in bfloat16: prefill and decode beside transformers, and the memory's limit
-    linear     all linear layers of that shape: F.linear and packed weights, by rows
+    linear     linear layers of that shape: F.linear and packed weights, by rows
+    roofline   the same under this machine's ceilings
     profile    where a decode step's time goes, framework and solution
     static     registers, spills, shared memory and occupancy of the CUDA trilogy (needs NVRTC or nvcc, no GPU)
     kernels    times of the CUDA trilogy beside torch (needs a GPU)
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from module0_profiling import rooms
 from module0_profiling.bench_gpu import GpuCase
 from module0_profiling.hardware import detect, measured_peaks
 from module0_profiling.results import Figure, record
-from phase0_prototype import kernel_cases, workloads
+from phase0_prototype import kernel_cases, linear_cases, workloads
 from phase0_prototype.llm import LLM
-from phase0_prototype.workloads import SHAPE, TINY, Run, in_turns
+from phase0_prototype.workloads import SHAPE, TINY, in_turns
+
+LINEAR_PARAMETERS = 22 * (2560 * 2048 + 2048 * 2048 + 3 * 5632 * 2048)  # a prompt goes through these; the head, one row
+KEPT = rooms.ROOT / "build" / SHAPE
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Options:
 
     device: str
     rounds: int
-    checkpoint: Path | None
+    checkpoint: Path
     console: Console
 
 
@@ -60,21 +64,25 @@ def ratio(name: str, slow: Sequence[float], fast: Sequence[float], note: str = "
 
 
 def kv_cache(options: Options) -> tuple[Figure, ...]:
-    """The framework recomputes every token at every step; the cache computes each once."""
+    """The framework recomputes every token at every step; the cache computes each once. Short and long prompts."""
     names = {"framework": "phase0=framework", "solution": "phase0=solution"}
-    llms = {name: LLM(TINY, device=options.device, max_num_seqs=1, use=use) for name, use in names.items()}
-    prompts = workloads.random_prompts(4096, [8])
-    subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
-    runs = in_turns(subjects, options.rounds, options.console)
-    seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
-    computed = {n: llm.engine.runner.forward_tokens / (options.rounds + 1) for n, llm in llms.items()}
-    return (
-        figure("framework", [200 / s for s in seconds["framework"]], "tokens/s"),
-        figure("solution", [200 / s for s in seconds["solution"]], "tokens/s"),
-        ratio("speedup", seconds["framework"], seconds["solution"]),
-        Figure("framework_tokens_computed", computed["framework"], "tokens", note="prompt of 8, 200 generated"),
-        Figure("solution_tokens_computed", computed["solution"], "tokens"),
-    )
+    figures: list[Figure] = []
+    llms = {
+        name: LLM(TINY, device=options.device, max_num_seqs=1, runner="eager", use=use) for name, use in names.items()
+    }
+    for length in (8, 384):
+        prompts = workloads.random_prompts(4096, [length])
+        before = {name: llm.engine.runner.forward_tokens for name, llm in llms.items()}
+        subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
+        runs = in_turns(subjects, options.rounds, options.console)
+        seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
+        row = f"prompt of {length}"
+        for name, llm in llms.items():
+            computed = (llm.engine.runner.forward_tokens - before[name]) / (options.rounds + 1)
+            figures.append(figure(f"{row}/{name}", [200 / s for s in seconds[name]], "tokens/s"))
+            figures.append(Figure(f"{row}/{name}, computed", computed, "tokens"))
+        figures.append(ratio(f"{row}/speedup", seconds["framework"], seconds["solution"]))
+    return tuple(figures)
 
 
 def compiled(options: Options) -> tuple[Figure, ...]:
@@ -116,7 +124,6 @@ def engines(options: Options) -> tuple[Figure, ...]:
         peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
         llm = LLM(str(directory), dtype="bfloat16", device=options.device, max_model_len=1152, max_num_seqs=32)
         device = detect(options.device)
-        bandwidths: list[float] = []
         for batch, length, new in ((1, 128, 24), (8, 128, 16), (32, 128, 8), (1, 1024, 4)):
             prompts = workloads.random_prompts(32000, [length] * batch)
             subjects = {
@@ -133,58 +140,19 @@ def engines(options: Options) -> tuple[Figure, ...]:
             if batch == 1:
                 for n, values in prefill.items():
                     figures.append(figure(f"prefill, {length} tokens/{n}", [length / s for s in values], "tokens/s"))
+                    flops = 2 * LINEAR_PARAMETERS * length
+                    rate = figure(f"prefill, {length} tokens/{n}, rate", [flops / s / 1e12 for s in values], "TFLOP/s")
+                    figures.append(rate)
                 figures.append(ratio(f"prefill, {length} tokens/speedup", prefill["transformers"], prefill["ours"]))
             if batch == 1 and length == 128:
                 read = [workloads.bytes_per_step(llm, length, new) / s for s in decode["ours"]]
-                bandwidths = [measured_peaks(device, refresh=True).read_bandwidth for _ in range(2)]
+                peaks = [measured_peaks(device, refresh=True) for _ in range(2)]
+                bandwidths = [p.read_bandwidth for p in peaks]
+                rates = [p.matmul["bfloat16"] / 1e12 for p in peaks]
+                figures.append(Figure("prefill, 128 tokens/matmul rate", max(rates), "TFLOP/s"))
                 figures.append(figure("decode, batch 1/bytes read", [r / 1e9 for r in read], "GB/s"))
                 figures.append(Figure("decode, batch 1/read bandwidth", max(bandwidths) / 1e9, "GB/s"))
                 figures.append(Figure("decode, batch 1/share", 100 * statistics.median(read) / max(bandwidths), "%"))
-    return tuple(figures)
-
-
-def linear(options: Options) -> tuple[Figure, ...]:
-    """All linear layers of the 1.1B shape in sequence: the checkpoint's layout and the packed one."""
-    from phase0_prototype.linear import Dense, Linear, LinearFormat, OneDNNPacked, Part
-
-    device = torch.device(options.device)
-    formats: dict[str, LinearFormat] = {"F.linear": Dense()}
-    if not OneDNNPacked.why_not(device, torch.bfloat16):
-        formats["packed"] = OneDNNPacked()
-    stacks: dict[str, list[Linear]] = {}
-    for name, number_format in formats.items():
-        stacks[name] = []
-        for _ in range(8):  # 8 of the 22 layers: 700 MB, far beyond any cache
-            for rows, width in ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632)):
-                layer = Linear(
-                    (Part("w", rows),),
-                    width,
-                    bias=False,
-                    number_format=number_format,
-                    dtype=torch.bfloat16,
-                    device=device,
-                )
-                layer.destinations()["w.weight"].load(torch.randn(rows, width).to(torch.bfloat16))
-                stacks[name].append(layer)
-    weights = sum(layer.in_features * layer.out_features for layer in stacks["F.linear"])
-    figures: list[Figure] = []
-    for rows in (1, 8, 32, 128, 1024):
-        inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in (2048, 5632)}
-
-        def once(stack: list[Linear], inputs: dict[int, torch.Tensor] = inputs) -> Run:
-            began = time.perf_counter()
-            with torch.inference_mode():
-                for layer in stack:
-                    layer(inputs[layer.in_features])
-            return Run(0.0, time.perf_counter() - began, 1, [])
-
-        runs = in_turns({name: partial(once, stack) for name, stack in stacks.items()}, options.rounds, options.console)
-        for name, done in runs.items():
-            seconds = [r.decode for r in done]
-            figures.append(figure(f"{rows} rows/{name}, GB/s", [2 * weights / s / 1e9 for s in seconds], "GB/s"))
-            figures.append(
-                figure(f"{rows} rows/{name}, TFLOP/s", [2 * weights * rows / s / 1e12 for s in seconds], "TFLOP/s")
-            )
     return tuple(figures)
 
 
@@ -200,7 +168,8 @@ CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
     "compile": compiled,
     "batching": batching,
     "engines": engines,
-    "linear": linear,
+    "linear": lambda options: linear_cases.linear(options.device, options.rounds, options.console),
+    "roofline": lambda options: linear_cases.on_the_roofline(options.device, options.rounds, options.console),
     "profile": profile,
     "static": lambda options: kernel_cases.static(),
     "kernels": lambda options: kernel_cases.timed(),
@@ -224,7 +193,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--checkpoint", type=Path, help=f"a checkpoint of {SHAPE}, written by `titan checkpoint`")
+    parser.add_argument("--checkpoint", type=Path, default=KEPT, help=f"of {SHAPE}, by `titan checkpoint`")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     unknown = [c for c in args.cases if c not in CASES]
@@ -242,7 +211,7 @@ def main() -> None:
             console.print(f"  {f.name:45} {f.value:12.4g} {f.unit:10} spread {(f.spread or 0):.0%}", highlight=False)
         if not args.no_record:
             suffix = "_gpu" if args.device.startswith("cuda") else ""
-            command = f"python -m phase0_prototype.benchmark {name}"
+            command = f"python -m phase0_prototype.benchmark {name} --device {args.device} --rounds {args.rounds}"
             record(
                 "phase0",
                 name + suffix,

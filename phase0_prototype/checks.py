@@ -46,13 +46,14 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 # 150 MB, in so many layers that one layer more is no large share.
-LARGER = SHAPE | {
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 12,
+LARGER = SHAPE | {  # 0.6 GB in bfloat16, most of it in a few large matrices, as in published models
+    "vocab_size": 8192,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 6,
     "head_dim": 64,
-    "num_attention_heads": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
 }
 LENGTHS = (3, 4, 5, 6, 7, 8, 9, 10)  # prompts of eight requests
 NEW = (24, 20, 16, 24, 12, 8, 4, 24)  # tokens that each of them generates
@@ -133,8 +134,8 @@ def steps_per_graph(use: Use) -> Measured:
 def load_memory(use: Use) -> float:
     """Memory that loading a checkpoint takes at its peak, in multiples of the weights; in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        small = write_checkpoint(SHAPE, Path(folder) / "small", dtype="float32")
-        path = write_checkpoint(LARGER, Path(folder) / "larger", dtype="float32")
+        small = write_checkpoint(SHAPE, Path(folder) / "small", dtype="bfloat16")
+        path = write_checkpoint(LARGER, Path(folder) / "larger", dtype="bfloat16")
         weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         return in_own_process(path, small, str(use)) / weights
 

@@ -90,6 +90,15 @@ class OneDNNPacked(Dense):
             return [f"torch {torch.__version__} refuses the packed operators: {str(error).splitlines()[0]}"]
         return [] if bool((product == 32).all()) else ["the packed product is wrong on this machine"]
 
+    def create(self, layer: Linear) -> None:
+        """Nothing yet: the plain weight lives from the first part's load to `finish`, so few of them exist at once."""
+
+    def load(self, layer: Linear, start: int, tensor: Tensor) -> None:
+        """Copy a part into the plain weight, which is made when the first part comes."""
+        if not hasattr(layer, "weight"):
+            super().create(layer)
+        super().load(layer, start, tensor)
+
     def finish(self, layer: Linear) -> None:
         """Reorder, and let the plain weight go."""
         layer.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 1)

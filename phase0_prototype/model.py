@@ -6,10 +6,10 @@ the cache on the way. What each piece is made of is the business of `Layers`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from phase0_prototype.attention import AttentionPlan
@@ -99,8 +99,7 @@ class DecoderModel(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one decode step must read (an embedding that is not the head contributes one row)."""
-        tensors = {id(t): t for m in self.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)}
-        tables = {id(self.rotary.cos), id(self.rotary.sin)}
+        names = self.destinations()
         if self.lm_head is not None:
-            tables.add(id(self.embed_tokens.weight))
-        return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in tables)
+            del names["model.embed_tokens.weight"]
+        return sum(math.prod(d.shape) for d in names.values()) * self.kv_spec.dtype.itemsize

@@ -32,7 +32,7 @@ def in_own_process(model: Path, small: Path, use: str) -> int:
 
 
 def load_growth(model: str, small: str, use: str) -> int:
-    """Bytes by which the resident memory grew, at its peak, while an engine in float32 was built on the CPU.
+    """Bytes by which the resident memory grew, at its peak, while an engine in bfloat16 was built on the CPU.
 
     Args:
         model: directory of the checkpoint.
@@ -42,7 +42,7 @@ def load_growth(model: str, small: str, use: str) -> int:
     from phase0_prototype.llm import LLM
 
     def load(path: str) -> None:
-        LLM(path, dtype="float32", device="cpu", max_model_len=64, max_num_seqs=1, use=use)
+        LLM(path, dtype="bfloat16", device="cpu", max_model_len=64, max_num_seqs=1, use=use)
 
     load(small)
     with contextlib.suppress(OSError):

@@ -52,7 +52,7 @@ def load_weights(
 ) -> LoadStats:
     """Call `load` of every destination once with the tensor of its name.
 
-    Order: tensors of more than a tenth of the whole first, largest first, while the model's own memory is still
+    Order: tensors of more than a twentieth of the whole first, largest first, while the model's own memory is still
     untouched (an embedding copied last would need room twice at the peak); then as they lie in the files.
     `ignore` tells which stored tensors may be left unread; `advance` hears the bytes of each tensor done, for a
     progress bar. Everything is checked before the first call of `load`. Raises CheckpointError, naming file and tensor:
@@ -63,8 +63,8 @@ def load_weights(
     _check(directory, stored, destinations, ignore)
     wanted = [tensor for tensor in stored.values() if tensor.name in destinations]
     total = sum(tensor.nbytes for tensor in wanted)
-    large = sorted((t for t in wanted if t.nbytes * 10 > total), key=lambda t: -t.nbytes)
-    rest = [t for t in wanted if t.nbytes * 10 <= total]
+    large = sorted((t for t in wanted if t.nbytes * 20 > total), key=lambda t: -t.nbytes)
+    rest = [t for t in wanted if t.nbytes * 20 <= total]
     for run in _runs([*large, *rest], _window(total)):
         _load_run(run, destinations, advance)
     return LoadStats(total, time.perf_counter() - started, len(wanted))
@@ -72,7 +72,7 @@ def load_weights(
 
 def _window(total: int) -> int:
     """Bytes read through one mapping: small beside the model, large beside the cost of mapping a file."""
-    return max(1 << 20, min(64 << 20, total // 16))
+    return max(1 << 20, min(64 << 20, total // 64))
 
 
 def _runs(tensors: Sequence[StoredTensor], window: int) -> Iterator[list[StoredTensor]]:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from module0_profiling.course.errors import CourseError
@@ -29,7 +30,8 @@ def split(needs: str) -> tuple[str, ...]:
     found = tuple(need.strip() for need in needs.split(","))
     for need in found:
         if not NEED.fullmatch(need):
-            raise CourseError(f"needs {need!r} is not cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler or a Python package")
+            known = "cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler or a Python package"
+            raise CourseError(f"needs {need!r} is not {known}")
     return found
 
 
@@ -39,20 +41,20 @@ def absent(needs: str) -> str | None:
 
 
 def _absent(need: str) -> str | None:
-    if need == "cpu":
-        return None
     if need == "cuda" or need.startswith("cuda:"):
         return _absent_cuda(need)
-    if need == "amx":
-        return None if any("amx" in flag.lower() for flag in detect("cpu").features) else "needs a CPU with AMX"
-    if need == "nvrtc":
-        return None if find_nvrtc() or _nvcc() else "needs NVRTC or nvcc: pip install nvidia-cuda-nvrtc"
-    if need == "nvcc":
-        return None if _nvcc() else "needs nvcc, there is none on PATH or in CUDA_HOME"
-    if need == "compiler":
-        names = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
-        return None if any(name and shutil.which(name) for name in names) else "needs a C++ compiler, none is on PATH"
-    return None if _installed(need) else f"needs the Python package {need}, it is not installed"
+    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
+    tools: dict[str, tuple[Callable[[], object], str]] = {
+        "cpu": (lambda: True, ""),
+        "amx": (lambda: "amx_bf16" in detect("cpu").features, "needs a CPU with AMX"),
+        "nvcc": (_nvcc, "needs nvcc, there is none on PATH or in CUDA_HOME"),
+        "nvrtc": (lambda: find_nvrtc() or _nvcc(), "needs NVRTC or nvcc: pip install nvidia-cuda-nvrtc"),
+        "compiler": (lambda: any(n and shutil.which(n) for n in names), "needs a C++ compiler, none is on PATH"),
+    }
+    found, missing = tools.get(
+        need, (lambda: _installed(need), f"needs the Python package {need}, it is not installed")
+    )
+    return None if found() else missing
 
 
 def _absent_cuda(need: str) -> str | None:

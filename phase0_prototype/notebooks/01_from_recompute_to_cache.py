@@ -470,12 +470,12 @@ print(
 # all.
 
 # %%
+GREEDY = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
 
 
 def forward_share(llm: LLM, prompts: list[list[int]]) -> tuple[float, float]:
     """Median seconds of a decode step: in the model, and around it."""
-    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
-    requests = [llm.engine.add_request(prompt, params) for prompt in prompts]
+    requests = [llm.engine.add_request(prompt, GREEDY) for prompt in prompts]
     runner, inside, steps = llm.engine.runner, [], []
     forward = runner.forward
 
@@ -551,6 +551,10 @@ else:
     climb(runner, eight, compiled, predicted=(model_of_8 + around_8) / (floor + around_8))
 
 # %% [markdown]
+# The first run pays for compiling or capturing, once for each batch size and each 256 tokens of length: worth it
+# for a server, not for one answer. The bound is out of reach for a model this small, since a call of a library
+# costs more than its arithmetic.
+#
 # ### All rungs
 #
 # Tokens/s on a log axis. The line is where the prediction put a rung, given the rung below it.

@@ -23,14 +23,13 @@
 
 # %%
 import importlib
-import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Image, display
+from IPython.display import display
 
 from module0_profiling import hardware, plots, roofline
 from module0_profiling.course import parts
@@ -77,6 +76,7 @@ for axes, (name, floats), colour, marker in zip(panels, patterns.items(), (BLUE,
     sectors = floats * 4 // 32
     axes.plot(LANES, sectors, marker, color=colour, markersize=4)
     axes.set(xlabel="lane", ylabel="sector of the matrix", title=f"Lanes are {name}")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     used, moved = len(LANES) * 4, len(set(sectors.tolist())) * 32
     print(f"{name}: {moved // 32} sectors, {moved} bytes move, {used / moved:.0%} of them are used")
 plt.show()
@@ -220,14 +220,20 @@ for version in ladder.read(matmul.SOURCE):
         "bound by": roof.bound_by(work),
     }
     grouped.setdefault(work.intensity, []).append(short(version.name))
-points = [
-    roofline.Point("\n".join(names), intensity, min(roof.flops, intensity * roof.bandwidth))
-    for intensity, names in grouped.items()
-]
-with tempfile.TemporaryDirectory() as folder:
-    title = f"Upper bounds of the product at {SIZE}: {'this GPU' if HAS_GPU else 'H200 by its datasheet'}, float32"
-    _, png = plots.roofline_plot(points, [roof], Path(folder) / "ladder", title=title)
-    display(Image(png.read_bytes()))
+figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+xs = np.geomspace(min(grouped) / 4, max(grouped) * 8, 200)
+ceiling = np.minimum(roof.flops, xs * roof.bandwidth) / 1e12
+name = "this GPU, measured" if HAS_GPU else "H200 by its datasheet"
+rates = f"{plots.short(roof.bandwidth)}B/s, {plots.short(roof.flops)}FLOP/s"
+axes.plot(xs, ceiling, color=BLUE, linewidth=2, label=f"{name}: {rates}")
+bounds = [(intensity, min(roof.flops, intensity * roof.bandwidth) / 1e12) for intensity in grouped]
+axes.plot(*zip(*bounds, strict=True), "o", color=ORANGE, markeredgecolor=BLACK, markersize=8)
+axes.set(xscale="log", yscale="log", xlabel="intensity, FLOP/byte", ylabel="upper bound, TFLOP/s in float32")
+axes.set(title=f"The matrix product at {SIZE}", ylim=(ceiling.min() / 2, ceiling.max() * 3))
+axes.legend(loc="lower right", fontsize=9)
+names = [", ".join(grouped[intensity]) for intensity, _ in bounds]
+plots.label_points(axes, [(name, *at) for name, at in zip(names, bounds, strict=True)])
+plt.show()
 table(pd.DataFrame(bound).T, {"FLOP/byte": "{:.3g}", "bound, TFLOP/s": "{:.3g}", "of the peak": "{:.1%}"})
 
 # %% [markdown]
@@ -298,26 +304,15 @@ if static is not None:
 # %%
 if static is not None:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for (arch, rows), colour, marker, line in zip(
-        static.groupby("arch", sort=False), (BLUE, ORANGE, GREEN), "osD", ("-", "--", ":"), strict=True
-    ):
-        curve = rows[rows["kernel"] != "squeezed"].sort_values("tile")
-        axes.plot(
-            curve["tile"],
-            100 * curve["occupancy"],
-            marker + line,
-            color=colour,
-            label=f"{arch} ({limits_of(arch).name})",
+    styles = ((BLUE, "o", "-", 10), (ORANGE, "s", "--", 7), (GREEN, "D", ":", 5))  # large below: equal curves show both
+    for (arch, rows), (colour, marker, line, size) in zip(static.groupby("arch", sort=False), styles, strict=True):
+        curve, squeezed = (
+            rows[(rows["kernel"] == "squeezed") == beside].sort_values("tile") for beside in (False, True)
         )
-        squeezed = rows[rows["kernel"] == "squeezed"]
-        axes.plot(
-            squeezed["tile"] * 1.12,
-            100 * squeezed["occupancy"],
-            marker,
-            color=colour,
-            markerfacecolor="none",
-            markersize=9,
-        )
+        look = {"color": colour, "markersize": size}
+        label = f"{arch} ({limits_of(arch).name})"
+        axes.plot(curve["tile"], 100 * curve["occupancy"], marker + line, linewidth=size / 3, label=label, **look)
+        axes.plot(squeezed["tile"] * 1.12, 100 * squeezed["occupancy"], marker, markerfacecolor="none", **look)
     axes.plot(
         [], [], "o", color=BLACK, markerfacecolor="none", markersize=9, label="squeezed (spills), beside its tile"
     )

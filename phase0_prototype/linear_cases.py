@@ -1,0 +1,81 @@
+"""Benchmark cases of the linear layers alone: F.linear and packed weights by rows, and their place on the roofline."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+from rich.console import Console
+
+from module0_profiling import roofline
+from module0_profiling.hardware import detect, measured_peaks
+from module0_profiling.results import Figure
+from module0_profiling.timing import Timing
+from phase0_prototype.linear import Dense, Linear, LinearFormat, OneDNNPacked, Part
+from phase0_prototype.workloads import Run, in_turns
+
+ROWS = (1, 8, 32, 128, 1024)
+LAYERS = 8  # of the 22 of the 1.1B shape: 700 MB of weights, far beyond any cache
+SHAPES = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))  # qkv, o, gate and up, down: [out, in]
+PARAMETERS = LAYERS * sum(out * width for out, width in SHAPES)
+
+
+def times(device_name: str, rounds: int, console: Console) -> dict[tuple[int, str], Timing]:
+    """Seconds to multiply by all layers once, by (rows, format), the formats in turns."""
+    device = torch.device(device_name)
+    formats: dict[str, LinearFormat] = {"F.linear": Dense()}
+    if not OneDNNPacked.why_not(device, torch.bfloat16):
+        formats["packed"] = OneDNNPacked()
+    stacks = {name: _stack(number_format, device) for name, number_format in formats.items()}
+    found: dict[tuple[int, str], Timing] = {}
+    for rows in ROWS:
+        inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in (2048, 5632)}
+        subjects = {name: partial(_once, stack, inputs) for name, stack in stacks.items()}
+        for name, runs in in_turns(subjects, rounds, console).items():
+            found[rows, name] = Timing(tuple(run.decode for run in runs))
+    return found
+
+
+def linear(device: str, rounds: int, console: Console) -> tuple[Figure, ...]:
+    """Bandwidth and rate of each format at each number of rows."""
+    figures: list[Figure] = []
+    for (rows, name), timing in times(device, rounds, console).items():
+        read, flops = 2 * PARAMETERS / timing.median / 1e9, 2 * PARAMETERS * rows / timing.median / 1e12
+        figures.append(Figure(f"{rows} rows/{name}, GB/s", read, "GB/s", timing.spread))
+        figures.append(Figure(f"{rows} rows/{name}, TFLOP/s", flops, "TFLOP/s", timing.spread))
+    return tuple(figures)
+
+
+def on_the_roofline(device: str, rounds: int, console: Console) -> tuple[Figure, ...]:
+    """The same products as points under this machine's ceilings, measured in the same run."""
+    found = times(device, rounds, console)
+    peaks = measured_peaks(detect(device), refresh=True)
+    points = []
+    for (rows, name), timing in found.items():
+        parts = [roofline.linear(rows, width, out) for out, width in SHAPES]
+        work = sum(parts, roofline.Work(0, 0)) * LAYERS
+        points.append(roofline.Point.measured(f"{name}, {rows} rows", work, timing.median))
+    return roofline.to_figures(points, peaks)
+
+
+def _stack(number_format: LinearFormat, device: torch.device) -> list[Linear]:
+    layers = []
+    for out, width in SHAPES * LAYERS:
+        layer = Linear(
+            (Part("w", out),), width, bias=False, number_format=number_format, dtype=torch.bfloat16, device=device
+        )
+        layer.destinations()["w.weight"].load(torch.randn(out, width).to(torch.bfloat16))
+        layers.append(layer)
+    return layers
+
+
+def _once(stack: list[Linear], inputs: dict[int, torch.Tensor]) -> Run:
+    device = next(iter(inputs.values())).device
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for layer in stack:
+            layer(inputs[layer.in_features])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return Run(0.0, time.perf_counter() - began, 1, [])
