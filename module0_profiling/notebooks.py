@@ -35,6 +35,9 @@ def read(source: Path) -> NotebookNode:
     notebook.metadata.get("jupytext", {}).pop("text_representation", None)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02}"
+        cell.source = cell.source.strip(
+            "\n"
+        )  # a formatter wants two lines before a function of the script, not of a cell
     return notebook
 
 

@@ -68,8 +68,8 @@ class Dense:
 class OneDNNPacked(Dense):
     """The weight in oneDNN's blocked order, made once after loading: what Inductor's freezing does, on CPUs only.
 
-    `F.linear` on bfloat16 reorders the weight or takes a slow path at every call with few rows. Measured on two cores
-    of a Zen 4: 1.6 x faster at one row, at the read bandwidth (reports/phase0.md has the current figures).
+    `F.linear` on bfloat16 reorders the weight or takes a slow path at every call with few rows; packed, a single row
+    reads the weights about as fast as the memory delivers them (reports/phase0.md has the figures).
     The plain copy is dropped: the layer never holds the weight twice.
     """
 

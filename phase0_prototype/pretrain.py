@@ -81,7 +81,8 @@ class Windows:
     """Windows of the corpus in random order, a function of (seed, position in the run): a resumed run sees the same.
 
     Each epoch joins the files in a new order, cuts the stream into windows and shuffles those, so that the rows of a
-    batch come from all over the library. (Neighbouring windows in one batch are one file: the loss stops at 5.2.)
+    batch come from all over the library.
+    (Neighbouring windows are one file: with those in a batch, the loss soon stops.)
     """
 
     def __init__(self, encoded: list[npt.NDArray[np.uint16]], seed: int) -> None:

@@ -89,9 +89,12 @@ def test_packed_bfloat16_rounds_like_one_product_in_float32(rows, bias, shape):
 
 @packs
 def test_packing_drops_the_plain_weight():
-    layer = Linear((Part("a", 32),), 32, bias=False, number_format=OneDNNPacked(), dtype=torch.bfloat16, device=CPU)
+    parts = (Part("a", 16), Part("b", 16))
+    layer = Linear(parts, 32, bias=False, number_format=OneDNNPacked(), dtype=torch.bfloat16, device=CPU)
+    assert not hasattr(layer, "weight"), "nothing is held before the checkpoint is read"
+    layer.destinations()["b.weight"].load(torch.ones(16, 32))
     plain = layer.weight
-    layer.destinations()["a.weight"].load(torch.ones(32, 32))
+    layer.destinations()["a.weight"].load(torch.ones(16, 32))
     assert layer.weight is not plain
     held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     assert len(held) == 1 and held[0].numel() * held[0].element_size() == 32 * 32 * 2

@@ -65,6 +65,12 @@ def test_a_saved_notebook_holds_outputs_and_matches_its_script(saved: Path) -> N
     assert "42" in saved.with_suffix(".ipynb").read_text()
 
 
+def test_blank_lines_that_a_formatter_puts_before_a_function_are_not_part_of_its_cell(tmp_path: Path) -> None:
+    source = tmp_path / "01_example.py"
+    source.write_text("# %%\n\n\ndef answer():\n    return 42\n")
+    assert [cell.source for cell in notebooks.read(source).cells] == ["def answer():\n    return 42"]
+
+
 def test_running_twice_writes_the_same_file(saved: Path) -> None:
     before = saved.with_suffix(".ipynb").read_bytes()
     notebooks.save(notebooks.execute(saved), saved)
