@@ -135,8 +135,8 @@ class TorchAttention:
             [T, Hq * D].
         """
         keys, values = kv
-        keys.flatten(0, 1).index_copy_(0, plan.slot_mapping, k)
-        values.flatten(0, 1).index_copy_(0, plan.slot_mapping, v)
+        write = write_kv_compiled if torch.compiler.is_compiling() else write_kv
+        write(keys, values, plan.slot_mapping, k, v)
         if not plan.sequences:
             return _decode(spec, q, keys, values, plan)
         out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
@@ -160,6 +160,24 @@ class TorchAttention:
             )
             out[seq.start : seq.end] = attended[0].transpose(0, 1).flatten(1)
         return out
+
+
+def write_kv(keys: Tensor, values: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+    """Put new keys and values where they belong.
+
+    Args:
+        keys, values: the layer's cache, [rows, block_size, Hkv, D], changed in place.
+        slot_mapping: [T] int64, row * block_size + position.
+        k, v: [T, Hkv, D].
+    """
+    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    values.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+
+# torch.compile turns an in-place write to a view into a copy of the whole cache, in every layer and every step. An
+# operator that declares what it changes is left alone.
+write_kv_compiled = torch.library.custom_op("titaninfer::write_kv", write_kv, mutates_args=("keys", "values"))
+write_kv_compiled.register_fake(lambda keys, values, slot_mapping, k, v: None)
 
 
 def _decode(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-DEMO_PROMPTS = ("def binary_search(", "class Stack:\n")
+DEMO_PROMPTS = ("def binary_search(", 'class Queue:\n    """')
 
 
 def generate(
@@ -61,7 +61,7 @@ def demo() -> None:
     """Continue a few prompts with the model that the project trained itself."""
     from phase0_prototype.sampling_params import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=160, repetition_penalty=1.1, stop=["\n\n\n"])
+    params = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=3, max_tokens=140, stop=["\n\n\n"])
     run(list(DEMO_PROMPTS), params, "titan-tiny", "auto", "auto", "auto", None, "")
 
 
