@@ -94,7 +94,7 @@ def publish(run: Path, out: Path) -> None:
     corpus_tokens = sum(map(len, corpus.encode_documents(_tokenizer(run), list(corpus.documents(held_out=False)))))
     quality = {
         "held_out_nats_per_token": round(whole.nats_per_token, 4),
-        "held_out_bits_per_byte": round(whole.bits_per_byte, 4),
+        "held_out_bits_per_byte": round(whole.bits_per_byte, 5),
         "held_out_tokens": whole.tokens,
         "quick_nats_per_token": round(quick.nats_per_token, 4),
         "quick_tokens": quick.tokens,
@@ -110,8 +110,8 @@ def publish(run: Path, out: Path) -> None:
             tokens_exact=state["seen"],
             epochs=state["seen"] / corpus_tokens,
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
-            nats=whole.nats_per_token,
-            bits=whole.bits_per_byte,
+            nats=quality["held_out_nats_per_token"],
+            bits=quality["held_out_bits_per_byte"],
             count=whole.tokens,
             megabytes=(out / "model.safetensors").stat().st_size / 1e6,
         )
