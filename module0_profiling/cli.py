@@ -18,8 +18,6 @@ def main() -> None:
 
         print(f"titan {__version__}")
         return
-    # torch reads this at its first allocation: weights in huge pages are read up to a tenth faster on CPUs.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         make_app()()
     except KeyboardInterrupt:

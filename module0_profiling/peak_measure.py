@@ -81,14 +81,15 @@ def read_bandwidth(buffer: torch.Tensor, clock: Clock, seconds: float = READ_SEC
         "bfloat16 matrix-vector": lambda: F.linear(row_bf16, as_bf16),
     }
     deadline = time.perf_counter() + seconds
-    best = {name: clock(way) for name, way in ways.items()}
+    taken = {name: [clock(way)] for name, way in ways.items()}
     while time.perf_counter() < deadline:
         # Two thirds as fast after one try is worth another: the first call of each also paid for its start.
-        hopeful = [name for name in ways if best[name] <= 1.5 * min(best.values())]
-        for name in hopeful:
-            best[name] = min(best[name], clock(ways[name]))
-    winner = min(best, key=lambda name: best[name])
-    return buffer.nbytes / best[winner], winner
+        fastest = min(min(times) for times in taken.values())
+        for name, way in ways.items():
+            if min(taken[name]) <= 1.5 * fastest:
+                taken[name].append(clock(way))
+    winner = min(taken, key=lambda name: _shortest(taken[name]))
+    return buffer.nbytes / _shortest(taken[winner]), winner
 
 
 def copy_bandwidth(buffer: torch.Tensor, clock: Clock, seconds: float = COPY_SECONDS) -> float:
@@ -134,10 +135,15 @@ def _matmul(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object]:
 def _best_until(fn: Callable[[], object], clock: Clock, seconds: float) -> tuple[float, int]:
     """Shortest run and number of runs until the time is over; at least one."""
     deadline = time.perf_counter() + seconds
-    best, runs = clock(fn), 1
+    taken = [clock(fn)]
     while time.perf_counter() < deadline:
-        best, runs = min(best, clock(fn)), runs + 1
-    return best, runs
+        taken.append(clock(fn))
+    return _shortest(taken), len(taken)
+
+
+def _shortest(times: list[float]) -> float:
+    """The second shortest where there are three: a virtual machine's clock can jump, and once showed twice the peak."""
+    return sorted(times)[1 if len(times) > 2 else 0]
 
 
 def _random_buffer(size: int, device: str) -> torch.Tensor:

@@ -8,12 +8,16 @@ Both names are loaded when they are first used, so that importing the package (a
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phase0_prototype.llm import LLM
     from phase0_prototype.outputs import RequestOutput
     from phase0_prototype.sampling_params import SamplingParams
+
+# torch reads this at its first allocation: weights in huge pages are read faster on a CPU. Later settings do nothing.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["LLM", "RequestOutput", "SamplingParams"]
 
