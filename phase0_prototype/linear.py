@@ -68,8 +68,8 @@ class Dense:
 class OneDNNPacked(Dense):
     """The weight in oneDNN's blocked order, made once after loading: what Inductor's freezing does, on CPUs only.
 
-    `F.linear` on bfloat16 reorders the weight or takes a slow path at every call with few rows; packed, a single row
-    reads the weights about as fast as the memory delivers them (reports/phase0.md has the figures).
+    `F.linear` on bfloat16 reorders the weight or takes a slow path at every call with few rows; packed, a few
+    rows read the weights faster (reports/phase0.md has the figures, and what is still missing to the memory's limit).
     The plain copy is dropped: the layer never holds the weight twice.
     """
 
