@@ -27,6 +27,8 @@ SM_COUNT, L2_BYTES, CAPABILITY_MAJOR, CAPABILITY_MINOR = 16, 38, 75, 76
 class DeviceError(ValueError):
     """A device was asked for that this machine does not have: one line with the remedy."""
 
+    is_user_error = True  # the command line prints it as one line
+
 
 @dataclass(frozen=True)
 class Device:

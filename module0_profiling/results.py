@@ -30,6 +30,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 class ResultError(ValueError):
     """A result file that cannot be read, or figures that must not be written: one line that names which."""
 
+    is_user_error = True  # the command line prints it as one line
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -16,6 +16,8 @@ ROOM = re.compile(r"(?P<phase>(?P<kind>module|phase)(?P<number>\d+))_[a-z0-9_]+"
 class UnknownPhaseError(ValueError):
     """A phase that does not exist; the message lists those that do."""
 
+    is_user_error = True  # the command line prints it as one line
+
 
 def discover(root: Path | None = None) -> tuple[str, ...]:
     """Names of the room packages under root, modules first, then phases by number."""
