@@ -55,6 +55,17 @@ def measure(device: Device) -> Peaks:
     )
 
 
+def read_bandwidth_now(device: Device) -> float:
+    """Read bandwidth alone, bytes/s, in about a second: for a share whose two sides are measured in turns.
+
+    The memory's rate is not a constant: a virtual machine's cores can move between cache complexes, and the rate of two
+    cores together was seen to double, and halve again, within a minute.
+    """
+    with _all_cores(device):
+        buffer = _random_buffer(buffer_bytes(device), device.torch_name)
+        return read_bandwidth(buffer, clock_for(device.torch_name))[0]
+
+
 def buffer_bytes(device: Device) -> int:
     """Bytes to stream: too many for any cache to help, few enough to fit. A multiple of 32 MiB."""
     wanted = max(512 << 20, 4 * device.cache_bytes)

@@ -59,7 +59,7 @@ class AttentionPlan:
     """One step's work: the first `num_decodes` sequences have one new token each, the rest are `sequences`.
 
     Attributes:
-        slot_mapping: [T] int64, where new keys and values are written.
+        slots: two of [T] int64, the cache row and the place in it where each token's key and value are written.
         num_decodes: leading sequences of one token whose rows are first_row, first_row + 1, ...
         kv_len: tokens of the cache that the decodes read (the longest of them, rounded up).
         masks: for each window, [num_decodes, 1, 1, kv_len] bool, true where the token may be read.
@@ -67,7 +67,7 @@ class AttentionPlan:
         causal: for each (sequence, window) that needs one, [q, kv] bool; absent: plain causal from the first token.
     """
 
-    slot_mapping: Tensor
+    slots: tuple[Tensor, Tensor]
     num_decodes: int
     first_row: int
     kv_len: int
@@ -115,9 +115,8 @@ class TorchAttention:
                 if seq.kv_len > seq.end - seq.start or (w is not None and seq.kv_len > w):
                     causal[len(sequences), w] = _causal_mask(seq, w, batch.token_ids.device)
             sequences.append(seq)
-        return AttentionPlan(
-            batch.slot_mapping, decodes, rows[0] if rows else 0, kv_len, masks, tuple(sequences), causal
-        )
+        slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
+        return AttentionPlan(slots, decodes, rows[0] if rows else 0, kv_len, masks, tuple(sequences), causal)
 
     def run(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: AttentionPlan
@@ -135,8 +134,7 @@ class TorchAttention:
             [T, Hq * D].
         """
         keys, values = kv
-        write = write_kv_compiled if torch.compiler.is_compiling() else write_kv
-        write(keys, values, plan.slot_mapping, k, v)
+        write_kv(keys, values, plan.slots, k, v)
         if not plan.sequences:
             return _decode(spec, q, keys, values, plan)
         out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
@@ -162,22 +160,17 @@ class TorchAttention:
         return out
 
 
-def write_kv(keys: Tensor, values: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, slots: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
     """Put new keys and values where they belong.
 
     Args:
-        keys, values: the layer's cache, [rows, block_size, Hkv, D], changed in place.
-        slot_mapping: [T] int64, row * block_size + position.
+        keys, values: the layer's cache, [rows, block_size, Hkv, D], changed in place and not through a view: that is
+            what torch.compile keeps in place too, a view it would turn into a copy of the whole cache.
+        slots: row and place in the row of each token, two of [T] int64.
         k, v: [T, Hkv, D].
     """
-    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    values.flatten(0, 1).index_copy_(0, slot_mapping, v)
-
-
-# torch.compile turns an in-place write to a view into a copy of the whole cache, in every layer and every step. An
-# operator that declares what it changes is left alone.
-write_kv_compiled = torch.library.custom_op("titaninfer::write_kv", write_kv, mutates_args=("keys", "values"))
-write_kv_compiled.register_fake(lambda keys, values, slot_mapping, k, v: None)
+    keys.index_put_(slots, k)
+    values.index_put_(slots, v)
 
 
 def _decode(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from rich.console import Console
 from module0_profiling import rooms
 from module0_profiling.bench_gpu import GpuCase
 from module0_profiling.hardware import detect, measured_peaks
+from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.results import Figure, record
 from phase0_prototype import kernel_cases, linear_cases, workloads
 from phase0_prototype.llm import LLM
@@ -87,7 +89,7 @@ def kv_cache(options: Options) -> tuple[Figure, ...]:
 
 def compiled(options: Options) -> tuple[Figure, ...]:
     """Decode of the small model, which the cost of each operation holds back."""
-    fast = "cuda-graph" if options.device.startswith("cuda") else "compile"
+    fast = _fast(options)
     llms = {runner: LLM(TINY, device=options.device, max_num_seqs=1, runner=runner) for runner in ("eager", fast)}
     prompts = workloads.random_prompts(4096, [8])
     subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
@@ -120,10 +122,10 @@ def batching(options: Options) -> tuple[Figure, ...]:
 def engines(options: Options) -> tuple[Figure, ...]:
     """Prefill and decode of the 1.1B shape beside transformers."""
     figures: list[Figure] = []
+    settings: dict[str, Any] = {"dtype": "bfloat16", "device": options.device, "max_model_len": 1152}
     with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
         peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
-        llm = LLM(str(directory), dtype="bfloat16", device=options.device, max_model_len=1152, max_num_seqs=32)
-        device = detect(options.device)
+        llm = LLM(str(directory), **settings, max_num_seqs=32)
         for batch, length, new in ((1, 128, 24), (8, 128, 16), (32, 128, 8), (1, 1024, 4)):
             prompts = workloads.random_prompts(32000, [length] * batch)
             subjects = {
@@ -144,16 +146,39 @@ def engines(options: Options) -> tuple[Figure, ...]:
                     rate = figure(f"prefill, {length} tokens/{n}, rate", [flops / s / 1e12 for s in values], "TFLOP/s")
                     figures.append(rate)
                 figures.append(ratio(f"prefill, {length} tokens/speedup", prefill["transformers"], prefill["ours"]))
-            if batch == 1 and length == 128:
-                read = [workloads.bytes_per_step(llm, length, new) / s for s in decode["ours"]]
-                peaks = [measured_peaks(device, refresh=True) for _ in range(2)]
-                bandwidths = [p.read_bandwidth for p in peaks]
-                rates = [p.matmul["bfloat16"] / 1e12 for p in peaks]
-                figures.append(Figure("prefill, 128 tokens/matmul rate", max(rates), "TFLOP/s"))
-                figures.append(figure("decode, batch 1/bytes read", [r / 1e9 for r in read], "GB/s"))
-                figures.append(Figure("decode, batch 1/read bandwidth", max(bandwidths) / 1e9, "GB/s"))
-                figures.append(Figure("decode, batch 1/share", 100 * statistics.median(read) / max(bandwidths), "%"))
+        peaks = measured_peaks(detect(options.device), refresh=True)
+        figures.append(Figure("prefill, 128 tokens/matmul rate", peaks.matmul["bfloat16"] / 1e12, "TFLOP/s"))
+        del llm
+        figures += _one_sequence(LLM(str(directory), **settings, max_num_seqs=1, runner=_fast(options)), peer, options)
     return tuple(figures)
+
+
+def _one_sequence(llm: LLM, peer: Any, options: Options) -> list[Figure]:
+    """Decode by an engine for one sequence, compiled or captured; the memory is measured in turns with it."""
+    prompts = workloads.random_prompts(32000, [128])
+    decode: dict[str, list[float]] = {"ours": [], "transformers": []}
+    peaks: list[float] = []
+    for round_ in range(options.rounds + 1):
+        ours = workloads.run_ours(llm, prompts, 24).per_step
+        theirs = workloads.run_transformers(peer, prompts, 24).per_step
+        if round_:
+            decode["ours"].append(ours)
+            decode["transformers"].append(theirs)
+            peaks.append(read_bandwidth_now(detect(options.device)) / 1e9)
+    read = [workloads.bytes_per_step(llm, 128, 24) / s / 1e9 for s in decode["ours"]]
+    row = "decode, one sequence"
+    return [
+        figure(f"{row}/{_fast(options)}", [1 / s for s in decode["ours"]], "tokens/s"),
+        figure(f"{row}/transformers", [1 / s for s in decode["transformers"]], "tokens/s"),
+        ratio(f"{row}/speedup", decode["transformers"], decode["ours"]),
+        figure(f"{row}/bytes read", read, "GB/s"),
+        figure(f"{row}/read bandwidth", peaks, "GB/s"),
+        figure(f"{row}/share", [100 * r / p for r, p in zip(read, peaks, strict=True)], "%"),
+    ]
+
+
+def _fast(options: Options) -> str:
+    return "cuda-graph" if options.device.startswith("cuda") else "compile"
 
 
 def profile(options: Options) -> tuple[Figure, ...]:

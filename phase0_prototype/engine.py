@@ -27,6 +27,7 @@ from phase0_prototype.engine_config import (
 from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.layers import Layers
+from phase0_prototype.linear import best_format
 from phase0_prototype.logprobs import logprobs_of
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
@@ -214,7 +215,10 @@ def build(
     dtype = resolve_dtype(config.dtype, device, model_config.dtype)
     parts = {name: resolve(ROOM, name, use) for name in ("model", "kv_cache", "scheduler", "runner")}
     limit = config.max_model_len or model_config.max_position_embeddings
-    layers = Layers(model_config, dtype, device, TorchAttention(), min(limit, model_config.max_position_embeddings))
+    runner_name = resolve_runner(config.runner, device)
+    number_format = best_format(device, dtype, compiled_row=runner_name == "compile" and config.max_num_seqs == 1)
+    positions = min(limit, model_config.max_position_embeddings)
+    layers = Layers(model_config, dtype, device, TorchAttention(), positions, number_format)
     model = parts["model"].DecoderModel(model_config, layers)
     max_model_len, max_num_seqs = resolve_lengths(config, model_config, model.kv_spec, model.weight_bytes, device)
     total = model.weight_bytes
@@ -227,7 +231,7 @@ def build(
 
     load_weights(directory, model.destinations(), ignore=model.ignores, advance=loaded)
     kv = parts["kv_cache"].KVCache(model.kv_spec, max_num_seqs, max_model_len, device)
-    runner = parts["runner"].RUNNERS[resolve_runner(config.runner, device)](model, kv)
+    runner = parts["runner"].RUNNERS[runner_name](model, kv)
     scheduler = parts["scheduler"].Scheduler(kv, config.max_num_batched_tokens)
     return Engine(
         model,

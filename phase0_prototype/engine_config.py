@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from module0_profiling.course.needs import absent
 from phase0_prototype.config import ModelConfig
 from phase0_prototype.errors import UserError
 from phase0_prototype.kv_cache import KVSpec
@@ -93,6 +94,8 @@ def resolve_runner(name: str, device: torch.device) -> str:
     """The runner of this name; "auto" is cuda-graph on CUDA and eager elsewhere, where compiling costs the start-up."""
     if name == "cuda-graph" and device.type != "cuda":
         raise UserError(f"runner cuda-graph needs a CUDA device, not {device.type}: use eager or compile")
+    if name == "compile" and device.type == "cpu" and (reason := absent("compiler")):
+        raise UserError(f"runner compile {reason}: install g++ or clang++, or use eager")
     return ("cuda-graph" if device.type == "cuda" else "eager") if name == "auto" else name
 
 

@@ -6,6 +6,7 @@ into one. The price is memory, reserved for the longest possible sequence whethe
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,19 @@ class KVCache:
     def __init__(self, spec: KVSpec, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
         self.spec = spec
         self.block_size = max_model_len
-        shape = (spec.num_layers, 2, max_num_seqs, max_model_len, spec.num_kv_heads, spec.head_dim)
-        self.data = torch.zeros(shape, dtype=spec.dtype, device=device)  # [layers, 2, rows, len, Hkv, D]
+        self.num_rows = max_num_seqs
+        shape = (max_num_seqs, max_model_len, spec.num_kv_heads, spec.head_dim)
+
+        def rows() -> Tensor:  # a tensor of its own for each: torch.compile copies what is changed through a view
+            return torch.zeros(shape, dtype=spec.dtype, device=device)
+
+        self.layers = tuple((rows(), rows()) for _ in range(spec.num_layers))  # keys, values
         self.owners: list[Request] = []  # owners[row]
 
     @property
     def num_free(self) -> int:
         """Sequences that can still be admitted."""
-        return self.data.shape[2] - len(self.owners)
+        return self.num_rows - len(self.owners)
 
     def acquire(self, request: Request) -> None:
         """Give the request a row; the caller has checked `num_free`."""
@@ -61,7 +67,8 @@ class KVCache:
         row, last = self.owners.index(request), len(self.owners) - 1
         if row != last:
             used = self.owners[last].num_computed_tokens
-            self.data[:, :, row, :used] = self.data[:, :, last, :used]
+            for side in itertools.chain.from_iterable(self.layers):
+                side[row, :used] = side[last, :used]
             self.owners[row] = self.owners[last]
         self.owners.pop()
 
@@ -75,4 +82,4 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
-        return self.data[index, 0], self.data[index, 1]
+        return self.layers[index]

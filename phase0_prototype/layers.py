@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from phase0_prototype.attention import AttentionBackend, AttentionPlan, AttentionSpec
 from phase0_prototype.config import ModelConfig
-from phase0_prototype.linear import Linear, LinearFormat, Part, best_format
+from phase0_prototype.linear import Linear, LinearFormat, Part, best_format, dense_product
 from phase0_prototype.rotary import RotaryTable, apply_rope
 from phase0_prototype.weights import Destination
 
@@ -50,7 +50,7 @@ class Embedding(nn.Module):
 
     def as_head(self, x: Tensor) -> Tensor:
         """[R, hidden] -> logits [R, V]."""
-        return F.linear(x, self.weight)
+        return dense_product(x, self.weight)
 
     def destinations(self) -> Mapping[str, Destination]:
         """Where the checkpoint's tensor goes."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from phase0_prototype.matvec import matvec
 from phase0_prototype.weights import Destination
 
 
@@ -46,8 +47,15 @@ class LinearFormat(Protocol):
         ...
 
 
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in], plus bias: `F.linear`, or the compiler's own loop for one row on a CPU."""
+    if torch.compiler.is_compiling() and x.shape[0] == 1 and x.device.type == "cpu":
+        return matvec(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Dense:
-    """The weight as it is in the checkpoint, [out, in], through `F.linear`."""
+    """The weight as it is in the checkpoint, [out, in]."""
 
     def create(self, layer: Linear) -> None:
         """An uninitialised [out, in] matrix in the layer's dtype."""
@@ -61,8 +69,8 @@ class Dense:
         """Nothing: the weight is ready."""
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        """`F.linear`."""
-        return F.linear(x, layer.weight, layer.bias)
+        """`dense_product`."""
+        return dense_product(x, layer.weight, layer.bias)
 
 
 class OneDNNPacked(Dense):
@@ -176,6 +184,11 @@ class Linear(nn.Module):
         return load
 
 
-def best_format(device: torch.device, dtype: torch.dtype) -> LinearFormat:
-    """The fastest format for dense weights on this device."""
-    return Dense() if OneDNNPacked.why_not(device, dtype) else OneDNNPacked()
+def best_format(device: torch.device, dtype: torch.dtype, *, compiled_row: bool = False) -> LinearFormat:
+    """The fastest format for dense weights on this device.
+
+    Args:
+        device, dtype: of the weights.
+        compiled_row: decode steps are compiled and have one row, where `matvec` on plain weights is the faster.
+    """
+    return Dense() if compiled_row or OneDNNPacked.why_not(device, dtype) else OneDNNPacked()

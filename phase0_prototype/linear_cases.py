@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from rich.console import Console
 
 from module0_profiling import roofline
+from module0_profiling.course.needs import absent
 from module0_profiling.hardware import detect, measured_peaks
 from module0_profiling.results import Figure
 from module0_profiling.timing import Timing
+from phase0_prototype import matvec
 from phase0_prototype.linear import Dense, Linear, LinearFormat, OneDNNPacked, Part
 from phase0_prototype.workloads import Run, in_turns
 
 ROWS = (1, 8, 32, 128, 1024)
 LAYERS = 8  # of the 22 of the 1.1B shape: 700 MB of weights, far beyond any cache
 SHAPES = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))  # qkv, o, gate and up, down: [out, in]
+Products = Callable[[dict[int, torch.Tensor]], object]
 PARAMETERS = LAYERS * sum(out * width for out, width in SHAPES)
 
 
 def times(device_name: str, rounds: int, console: Console) -> dict[tuple[int, str], Timing]:
-    """Seconds to multiply by all layers once, by (rows, format), the formats in turns."""
+    """Seconds to multiply by all layers once, by (rows, format), the formats in turns; `matvec` has one row only."""
     device = torch.device(device_name)
     formats: dict[str, LinearFormat] = {"F.linear": Dense()}
     if not OneDNNPacked.why_not(device, torch.bfloat16):
@@ -31,7 +35,9 @@ def times(device_name: str, rounds: int, console: Console) -> dict[tuple[int, st
     found: dict[tuple[int, str], Timing] = {}
     for rows in ROWS:
         inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in (2048, 5632)}
-        subjects = {name: partial(_once, stack, inputs) for name, stack in stacks.items()}
+        subjects = {name: partial(_once, partial(_products, stack), inputs) for name, stack in stacks.items()}
+        if rows == 1 and device.type == "cpu" and not absent("compiler"):
+            subjects["matvec"] = partial(_once, _compiled(stacks["F.linear"]), inputs)
         for name, runs in in_turns(subjects, rounds, console).items():
             found[rows, name] = Timing(tuple(run.decode for run in runs))
     return found
@@ -70,12 +76,30 @@ def _stack(number_format: LinearFormat, device: torch.device) -> list[Linear]:
     return layers
 
 
-def _once(stack: list[Linear], inputs: dict[int, torch.Tensor]) -> Run:
+def _products(stack: list[Linear], inputs: dict[int, torch.Tensor]) -> None:
+    for layer in stack:
+        layer(inputs[layer.in_features])
+
+
+def _compiled(stack: list[Linear]) -> Products:
+    """The layers as a compiled step runs them: one function, and none can start before the one before it has ended."""
+    matvec.prepare()
+
+    @torch.compile(dynamic=False)
+    def products(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor]) -> torch.Tensor:
+        out = torch.zeros(1, 1)
+        for weight in weights:
+            out = matvec.matvec(inputs[weight.shape[1]] + out[0, 0], weight, None)
+        return out
+
+    return partial(products, [layer.weight for layer in stack])
+
+
+def _once(products: Products, inputs: dict[int, torch.Tensor]) -> Run:
     device = next(iter(inputs.values())).device
     began = time.perf_counter()
     with torch.inference_mode():
-        for layer in stack:
-            layer(inputs[layer.in_features])
+        products(inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return Run(0.0, time.perf_counter() - began, 1, [])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from phase0_prototype import matvec
 from phase0_prototype.attention import AttentionPlan, TorchAttention
 from phase0_prototype.batch import Batch
 from phase0_prototype.kv_cache import KVCache
@@ -51,6 +52,7 @@ class CompiledRunner(Runner):
 
     def __init__(self, model: DecoderModel, kv: KVCache) -> None:
         super().__init__(model, kv)
+        matvec.prepare()
         self.attention = TorchAttention(round_up=LENGTH_STEP)
         self._compute = torch.compile(model.compute, dynamic=False, fullgraph=True)
 
@@ -90,7 +92,7 @@ class GraphRunner(Runner):
         plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
         if plan.sequences:
             return super()._logits(batch)
-        inputs = (wide.token_ids, wide.positions, wide.logits_rows, plan.slot_mapping, *plan.masks.values())
+        inputs = (wide.token_ids, wide.positions, wide.logits_rows, *plan.slots, *plan.masks.values())
         key = (wide.num_seqs, plan.first_row, plan.kv_len)
         captured = self._graphs.get(key)
         if captured is None:
@@ -102,8 +104,8 @@ class GraphRunner(Runner):
 
     def _capture(self, inputs: tuple[Tensor, ...], plan: AttentionPlan) -> _Captured:
         static = tuple(t.clone() for t in inputs)
-        masks = dict(zip(plan.masks, static[4:], strict=True))
-        static_plan = dataclasses.replace(plan, slot_mapping=static[3], masks=masks)
+        masks = dict(zip(plan.masks, static[5:], strict=True))
+        static_plan = dataclasses.replace(plan, slots=(static[3], static[4]), masks=masks)
 
         def step() -> Tensor:
             return self.model.compute(static[0], static[1], static[2], static_plan, self.kv)
@@ -134,7 +136,7 @@ def padded(batch: Batch, kv: KVCache) -> Batch:
     count, first = batch.num_seqs, batch.blocks[0][0]
     size = 1 << (count - 1).bit_length()
     rows = range(first + count, first + size)
-    if not rows or rows.stop > kv.data.shape[2] or rows.start < kv.data.shape[2] - kv.num_free:
+    if not rows or rows.stop > kv.num_rows or rows.start < kv.num_rows - kv.num_free:
         return batch
     device, block_size = batch.token_ids.device, kv.block_size
 

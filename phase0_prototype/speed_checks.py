@@ -7,8 +7,11 @@ while it is loaded; one that lies in build/tinyllama-1.1b (`titan checkpoint` wr
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +20,15 @@ from rich.console import Console
 from module0_profiling import rooms
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
-from module0_profiling.hardware import detect, measured_peaks
+from module0_profiling.hardware import detect
+from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.timing import Timing, ratio
 from phase0_prototype import workloads
 from phase0_prototype.llm import LLM
 from phase0_prototype.workloads import SHAPE, TINY, Run, in_turns
 
 ROUNDS = 5
+SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 1152, "max_num_seqs": 32}
 
 
 def kv_cache_speedup(use: Use) -> Measured:
@@ -96,11 +101,19 @@ def prefill_speedup_1024(use: Use) -> Measured:
 
 
 def bandwidth_share(use: Use) -> Measured:
-    """Bytes that a decode step must read, by its time, over the read bandwidth measured right after it."""
-    decode = Timing(tuple(run.per_step for run in _beside_transformers(use, 1, 128, 24)["ours"]))
-    read = workloads.bytes_per_step(_engines(use)[0], 128, 24) / decode.median
-    peak = max(measured_peaks(detect("cpu"), refresh=True).read_bandwidth for _ in range(2))
-    return Measured(read / peak, f"{read / 1e9:.1f} of {peak / 1e9:.1f} GB/s", decode.spread)
+    """Bytes that a compiled decode step must read, by its time, over the read bandwidth: in turns, the median share."""
+    with _checkpoint() as directory:
+        llm = LLM(str(directory), **SETTINGS | {"max_num_seqs": 1}, runner="compile", use=use)
+    prompts = workloads.random_prompts(llm.engine.config.vocab_size, [128])
+    reads, peaks = [], []
+    for round_ in range(ROUNDS + 1):
+        run = workloads.run_ours(llm, prompts, 24)
+        if round_:  # the first one compiled
+            reads.append(workloads.bytes_per_step(llm, 128, 24) / run.per_step)
+            peaks.append(read_bandwidth_now(detect("cpu")))
+    share = Timing(tuple(read / peak for read, peak in zip(reads, peaks, strict=True)))
+    seen = f"{statistics.median(reads) / 1e9:.1f} of {statistics.median(peaks) / 1e9:.1f} GB/s"
+    return Measured(share.median, seen, share.spread)
 
 
 def _runner_speedup(use: Use, runner: str, device: str) -> Measured:
@@ -110,12 +123,15 @@ def _runner_speedup(use: Use, runner: str, device: str) -> Measured:
     return _compare(in_turns(subjects, ROUNDS, Console()), lambda run: run.per_step)
 
 
+def _checkpoint() -> AbstractContextManager[Path]:
+    return workloads.random_checkpoint(SHAPE, rooms.ROOT / "build" / SHAPE)
+
+
 @functools.cache
 def _engines(use: Use) -> tuple[LLM, Any]:
     """Our engine and the model of `transformers`, on the same 1.1B checkpoint."""
-    with workloads.random_checkpoint(SHAPE, rooms.ROOT / "build" / SHAPE) as directory:
-        settings: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 1152, "max_num_seqs": 32}
-        llm = LLM(str(directory), **settings, runner="eager", use=use)
+    with _checkpoint() as directory:
+        llm = LLM(str(directory), **SETTINGS, runner="eager", use=use)
         return llm, workloads.load_transformers(directory, torch.bfloat16, "cpu")
 
 

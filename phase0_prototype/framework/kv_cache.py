@@ -38,15 +38,16 @@ class KVCache:
     def __init__(self, spec: KVSpec, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
         self.spec = spec
         self.block_size = max_model_len
-        self.rows = max_num_seqs
-        self.data = torch.zeros(spec.num_layers, 2, 0, max_model_len, spec.num_kv_heads, spec.head_dim)
+        self.num_rows = max_num_seqs
+        nothing = torch.zeros(0, max_model_len, spec.num_kv_heads, spec.head_dim)
+        self.layers = ((nothing, nothing),) * spec.num_layers
         self.owners: list[Request] = []  # owners[row]
-        # TASK 0.1: allocate [layers, 2, rows, max_model_len, Hkv, D] on `device` and give `layer` something to return.
+        # TASK 0.1: allocate keys and values of every layer, each [rows, max_model_len, Hkv, D], on `device`.
 
     @property
     def num_free(self) -> int:
         """Sequences that can still be admitted."""
-        return self.rows - len(self.owners)
+        return self.num_rows - len(self.owners)
 
     def acquire(self, request: Request) -> None:
         """Give the request a row; the caller has checked `num_free`."""
@@ -69,4 +70,4 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
-        return self.data[index, 0], self.data[index, 1]
+        return self.layers[index]

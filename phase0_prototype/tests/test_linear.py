@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phase0_prototype.linear import Dense, Linear, OneDNNPacked, Part, best_format
+from phase0_prototype.matvec import matvec, prepare
 
 CPU = torch.device("cpu")
 REFUSED = OneDNNPacked.why_not(CPU, torch.bfloat16)
@@ -109,3 +110,24 @@ def test_why_not_gives_reasons():
 def test_the_best_format_is_packed_only_where_it_works():
     assert type(best_format(CPU, torch.float32)) is Dense
     assert type(best_format(CPU, torch.bfloat16)) is (Dense if REFUSED else OneDNNPacked)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(48, 64), (33, 70), (16, 5632), (7, 4099), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_row_product_that_is_compiled_is_exact_to_its_dtype(shape, dtype, bias):
+    """Traced and run operator by operator; what Inductor makes of it is tested through the engine, in test_runner."""
+    prepare()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    x = torch.randn(1, shape[1], generator=generator).to(dtype)
+    b = torch.randn(shape[0], generator=generator).to(dtype) if bias else None
+    got = matvec(x, weight, b)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), b.double() if b is not None else None)
+    assert got.dtype == dtype and got.shape == (1, shape[0])
+    rtol = 2**-8 if dtype == torch.bfloat16 else 2**-18
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=rtol * shape[1] ** 0.5)
+
+
+def test_plain_weights_are_kept_for_a_compiled_row():
+    assert type(best_format(CPU, torch.bfloat16, compiled_row=True)) is Dense
