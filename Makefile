@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types imports reports-current test lab report bench bench-gpu progress clean
+.PHONY: help setup demo check lint types imports reports-current test lab report bench bench-gpu bench-gpu-dry progress clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 22
@@ -63,6 +63,9 @@ bench: $(VENV)/.development  ## run every phase's benchmark on this machine and 
 
 bench-gpu: $(VENV)/.development  ## everything that needs a GPU, most valuable first (BUDGET=540 seconds, resumable)
 	@$(BIN)/python -m module0_profiling.bench_gpu --budget $(or $(BUDGET),540)
+
+bench-gpu-dry: $(VENV)/.development  ## start everything that needs a GPU with tiny sizes on the CPU: records nothing
+	@$(BIN)/python -m module0_profiling.bench_gpu --dry-run
 
 reports-current: $(VENV)/.development
 	@$(BIN)/python -m module0_profiling.report --check

@@ -64,10 +64,12 @@ def peaks_table(peaks: Peaks) -> Table:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of module 0 to `titan`."""
-    from module0_profiling import kernel_commands
+    from module0_profiling import kernel_commands, ncu_commands, trace_commands
     from module0_profiling.course import commands as course
 
     app.command()(doctor)
     app.command()(peaks)
     kernel_commands.register(app)
+    ncu_commands.register(app)
+    trace_commands.register(app)
     course.register(app)

@@ -15,6 +15,7 @@ _SASS_KERNEL = re.compile(r"^\s*\.text\.(\S+):")
 _SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _PTX_KERNEL = re.compile(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)")
 _PTX_INSTRUCTION = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][a-z0-9_]*(?:[.:]+[\w]+)+)\s")
+_GLOBAL = re.compile(r"LDG(?:STS)?\b|ld\.global|cp\.async\.c[ag]|(?P<store>STG\b|st\.global)")
 _PTX_MAX_THREADS = re.compile(r"^\s*\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?")
 
 
@@ -71,9 +72,39 @@ class InstructionMix:
         return self._count(r"FFMA\b|FFMA32I\b|fma\.rn(\.ftz)?\.f32\b") + 2 * self._count(r"FFMA2\b")
 
     @property
+    def bulk_copies(self) -> int:
+        """Copies of whole tiles by the copy engine (TMA: cp.async.bulk), from Hopper on."""
+        return self._count(r"UBLKCP\b|UTMA(LDG|STG)\b|cp\.async\.bulk(?!\.(commit|wait))")
+
+    @property
+    def global_widths(self) -> dict[int, tuple[int, int]]:
+        """Bits of an access -> (loads, stores) of global memory; copies by cp.async count as loads."""
+        found: dict[int, list[int]] = {}
+        for opcode, count in self.opcodes.items():
+            if match := _GLOBAL.match(opcode):
+                store = match["store"] is not None
+                found.setdefault(_width_of(opcode), [0, 0])[store] += count
+        return {bits: (loads, stores) for bits, (loads, stores) in sorted(found.items())}
+
+    @property
+    def mma(self) -> int:
+        """Matrix instructions of one warp (mma.sync), from Turing on."""
+        return self._count(r"[HIQBDO]MMA\b|mma\.sync")
+
+    @property
+    def wgmma(self) -> int:
+        """Matrix instructions of four warps together that read shared memory themselves (wgmma), Hopper only."""
+        return self._count(r"[HIQB]GMMA\b|wgmma\.mma")
+
+    @property
+    def tcgen05(self) -> int:
+        """Matrix instructions of data centre Blackwell (tcgen05.mma), whose sums lie in tensor memory."""
+        return self._count(r"UTC\w*MMA\b|tcgen05\.mma")
+
+    @property
     def tensor_core(self) -> int:
-        """Matrix instructions on the tensor cores (mma.sync, wgmma, tcgen05.mma)."""
-        return self._count(r"[HIQB]MMA\b|[HIQ]GMMA\b|UTC\w*MMA\b|mma\.sync|wgmma\.mma|tcgen05\.mma")
+        """Matrix instructions on the tensor cores of any generation."""
+        return self.mma + self.wgmma + self.tcgen05
 
     def _count(self, pattern: str) -> int:
         opcode = re.compile(pattern)
@@ -101,6 +132,17 @@ def max_threads(ptx: str) -> dict[str, int]:
             x, y, z = (int(size) if size else 1 for size in match.groups())
             found[kernel] = x * y * z
     return found
+
+
+def _width_of(opcode: str) -> int:
+    """Bits that a thread moves: LDG.E.128, ld.global.v4.b32. SASS says nothing of 32, and cp.async.cg has 128 only."""
+    if match := re.search(r"\.v(\d)\.\w?(\d+)\b", opcode):
+        return int(match[1]) * int(match[2])
+    if opcode.startswith("cp.async.cg"):
+        return 128
+    if match := re.search(r"\.[USBF]?(8|16|32|64|128|256)\b", opcode):
+        return int(match[1])
+    return 32
 
 
 def _collect(

@@ -20,8 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def kernels(
     room: Annotated[str, typer.Option(help="Only rooms whose name contains this, such as phase0.")] = "",
-    arch: Annotated[str, typer.Option(help="GPU architectures, comma separated.")] = "sm_80,sm_90,sm_120",
+    arch: Annotated[str, typer.Option(help="GPU architectures, comma separated, or all.")] = "sm_80,sm_90,sm_120",
     threads: Annotated[int, typer.Option(help="Block size of kernels that do not declare one.")] = 0,
+    mix: Annotated[bool, typer.Option("--mix", help="The instructions in full instead of the resources.")] = False,
 ) -> None:
     """Registers, spills, shared memory, occupancy and instructions of every kernel. Needs no GPU."""
     from rich.console import Console
@@ -29,7 +30,7 @@ def kernels(
     from module0_profiling.gpu_tools import CompileError, MissingTool
 
     console = Console()
-    archs = tuple(part.strip() for part in arch.split(",") if part.strip())
+    archs = archs_of(arch)
     failures, shown = 0, False
     for name in (n for n in rooms_with_kernels() if room in n):
         reports: list[KernelReport] = []
@@ -40,12 +41,20 @@ def kernels(
                 console.print(f"{name}/kernels/{source.name}: {error}", markup=False, soft_wrap=True)
                 failures += 1
         if reports:
-            console.print(table_of(name, reports))
+            console.print(mix_table(name, reports) if mix else table_of(name, reports))
             shown = True
     if shown:
-        console.print(LEGEND, style="dim")
+        console.print(MIX_LEGEND if mix else LEGEND, style="dim")
     if failures:
         raise typer.Exit(1)
+
+
+def archs_of(text: str) -> tuple[str, ...]:
+    """``sm_80,sm_90`` as a tuple; ``all`` is every architecture that the course reports."""
+    from module0_profiling.static_report import ALL_ARCHS
+
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    return ALL_ARCHS if names == ("all",) else names
 
 
 def rooms_with_kernels() -> list[str]:
@@ -111,5 +120,36 @@ def table_of(title: str, reports: list[KernelReport]) -> Table:
             *(str(n) for n in (r.mix.global_loads, r.mix.vector_loads, r.mix.shared_loads, r.mix.ffma)),
             str(r.mix.tensor_core),
         )
+        previous = r.kernel
+    return table
+
+
+MIX_LEGEND = (
+    "ld, st: bits that a thread loads from and stores to global memory, x how many\n"
+    "stand in the code; copies by cp.async (cpa) count as loads. TMA: copies of\n"
+    "tiles; lds, sts: shared memory; ffma: float32 multiply-adds; mma, wgmma, tc5:\n"
+    "tensor core instructions of a warp, of four warps (Hopper), of data centre\n"
+    "Blackwell. A loop body counts once."
+)
+
+
+def mix_table(title: str, reports: list[KernelReport]) -> Table:
+    """What the kernels consist of, as a table of at most 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for column in ("kernel", "sm", "ld", "st"):
+        table.add_column(column, no_wrap=column in ("kernel", "sm"))
+    for column in ("cpa", "TMA", "lds", "sts", "ffma", "mma", "wgmma", "tc5"):
+        table.add_column(column, justify="right", no_wrap=True)
+    previous = ""
+    for r in reports:
+        widths = r.mix.global_widths.items()
+        loads, stores = (" ".join(f"{bits}x{n[side]}" for bits, n in widths if n[side]) for side in (0, 1))
+        counts = [r.mix.async_copies, r.mix.bulk_copies, r.mix.shared_loads, r.mix.shared_stores]
+        counts += [r.mix.ffma, r.mix.mma, r.mix.wgmma, r.mix.tcgen05]
+        name = r.kernel if r.kernel != previous else ""
+        table.add_row(name, r.arch.removeprefix("sm_"), loads or "-", stores or "-", *map(str, counts))
         previous = r.kernel
     return table

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from module0_profiling.label_places import Box, Label, place
 from module0_profiling.roofline import Point, Roof
 
 if TYPE_CHECKING:
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
+FONT_SIZES = (8, 7, 6, 5)  # of labels: the largest at which all find a place
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
-WITH_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+WITH_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def digest_of(data: object) -> str:
@@ -34,24 +37,52 @@ def digest_of(data: object) -> str:
 
 
 def roofline_plot(
-    points: Sequence[Point], roofs: Sequence[Roof], path: Path, *, title: str = "", digest: str = ""
+    points: Sequence[Point],
+    roofs: Sequence[Roof],
+    path: Path,
+    *,
+    title: str = "",
+    digest: str = "",
+    levels: Sequence[tuple[str, float]] = (),
 ) -> tuple[Path, Path]:
     """Draw roofs with their ridges and measured points on log-log axes; returns the paths of the SVG and the PNG.
+
+    `levels` are faster levels of the memory, (name, bytes/s), such as ("L2", 5e12): each is a further slope. A point
+    above the slope of the DRAM got its bytes from one of them.
 
     Raises:
         ValueError: without a roof, or for a point that is not positive (it has no place on a log axis).
     """
+    drawing = roofline_drawing(points, roofs, title=title, levels=levels)[0]
+    return save(drawing, path, digest)
+
+
+def roofline_drawing(
+    points: Sequence[Point], roofs: Sequence[Roof], *, title: str = "", levels: Sequence[tuple[str, float]] = ()
+) -> tuple[Drawing, list[Box]]:
+    """The drawing of `roofline_plot` and the boxes of its labels in pixels, those of the slopes first."""
     if not roofs:
         raise ValueError("a roofline needs at least one roof: measure the peaks first (titan peaks)")
     for point in points:
         if not (0 < point.intensity < math.inf and 0 < point.performance < math.inf):
             raise ValueError(f"point {point.label!r} at {point.intensity}, {point.performance}: both must be positive")
+    for name, bandwidth in levels:
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"memory level {name!r} at {bandwidth} bytes/s: it must be positive")
     drawing, axes = _canvas(8.0, 5.2)
-    xs = [roof.ridge for roof in roofs] + [point.intensity for point in points]
-    left, right = min(xs) / 8, max(xs) * 8
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    ridges = [roof.ridge for roof in roofs]
+    ys = [roof.flops for roof in roofs] + [point.performance for point in points]
+    xs = ridges + [point.intensity for point in points]
+    fastest = max(roof.flops for roof in roofs)
+    left, right = min([*xs, *(fastest / bandwidth for _, bandwidth in levels)]) / 8, max(xs) * 8
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(ys) / 8, max(ys) * 3))
+    slopes = []
     for bandwidth in dict.fromkeys(roof.bandwidth for roof in roofs):
-        _draw_slope(axes, bandwidth, left, max(roof.ridge for roof in roofs if roof.bandwidth == bandwidth))
+        top = max(roof.flops for roof in roofs if roof.bandwidth == bandwidth)
+        slopes.append((f"{'DRAM ' if levels else ''}{short(bandwidth)}B/s", bandwidth, top, "-"))
+    slopes += [(f"{name} {short(bandwidth)}B/s", bandwidth, fastest, "--") for name, bandwidth in levels]
+    for _, bandwidth, top, style in slopes:
+        axes.plot([left, top / bandwidth], [left * bandwidth, top], style, color="black", linewidth=2)
     for index, roof in enumerate(roofs):
         _draw_ceiling(axes, roof, right, COLOURS[index % len(COLOURS)])
     for index, point in enumerate(points):
@@ -59,26 +90,20 @@ def roofline_plot(
         axes.plot(
             point.intensity, point.performance, marker, color=colour, markersize=8, markeredgecolor="black", zorder=5
         )
-    ys = [roof.flops for roof in roofs] + [point.performance for point in points]
-    axes.set_ylim(min(ys) / 8, max(ys) * 3)
     axes.set(xlabel="arithmetic intensity, FLOP/byte", ylabel="performance, FLOP/s", title=title)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    label_points(axes, [(point.label, point.intensity, point.performance) for point in points])
-    return save(drawing, path, digest)
+    wanted = [_Text(text, _along_slope(axes, bandwidth, top), pointed=False) for text, bandwidth, top, _ in slopes]
+    wanted += [_Text(point.label, [(point.intensity, point.performance)]) for point in points]
+    return drawing, _write_labels(axes, wanted)
 
 
-def _draw_slope(axes: Axes, bandwidth: float, left: float, ridge: float) -> None:
-    """One line for a bandwidth, however many dtypes share it, up to the ridge of the fastest."""
-    axes.plot([left, ridge], [left * bandwidth, ridge * bandwidth], color="black", linewidth=2)
-    axes.annotate(
-        f"{short(bandwidth)}B/s",
-        (left * 1.3, left * 1.3 * bandwidth),
-        xytext=(12, -6),
-        textcoords="offset points",
-        verticalalignment="top",
-        fontsize=8,
-    )
+def _along_slope(axes: Axes, bandwidth: float, top: float) -> list[tuple[float, float]]:
+    """Points (x, y) on the visible part of a slope at which its label may stand, from its lower end upwards."""
+    x0 = max(axes.get_xlim()[0], axes.get_ylim()[0] / bandwidth)
+    x1 = top / bandwidth
+    xs = [x0 * (x1 / x0) ** (i / 10) for i in range(1, 10)]
+    return [(x, x * bandwidth) for x in xs]
 
 
 def _draw_ceiling(axes: Axes, roof: Roof, right: float, colour: str) -> None:
@@ -87,69 +112,96 @@ def _draw_ceiling(axes: Axes, roof: Roof, right: float, colour: str) -> None:
     axes.plot(roof.ridge, roof.flops, "|", color=colour, markersize=14, markeredgewidth=2)
 
 
-def label_points(axes: Axes, labelled: Sequence[tuple[str, float, float]]) -> list[Bbox]:
+def label_points(axes: Axes, labelled: Sequence[tuple[str, float, float]]) -> list[Box]:
     """Write a label near each (x, y) so that no two texts overlap and no point is hidden; returns the texts' boxes.
 
-    Tries places on growing circles around the point and takes the first free one; a thin line leads to the point.
+    A thin line leads from the label to its point. Where the frame has no room for all of them the letters get smaller,
+    and what then still has no place is named below the axis.
     """
-    from matplotlib.transforms import Bbox
+    return _write_labels(axes, [_Text(label, [(x, y)]) for label, x, y in labelled])
 
+
+@dataclass(frozen=True)
+class _Text:
+    """A text, the points (x, y) beside which it may stand, and whether a line leads to the first of them."""
+
+    text: str
+    anchors: Sequence[tuple[float, float]]
+    pointed: bool = True
+
+
+def _write_labels(axes: Axes, wanted: Sequence[_Text]) -> list[Box]:
+    """Write texts into free places, in smaller letters when there are too many; returns their boxes in pixels."""
     figure = axes.get_figure()
     assert figure is not None
     figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    pixels = [tuple(map(float, axes.transData.transform((x, y)))) for _, x, y in labelled]
-    taken = [text.get_window_extent(renderer) for text in axes.texts]
-    taken += [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in pixels]
-    taken += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for line in axes.lines for x, y in _along(line)]
-    legend = axes.get_legend()
-    if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
-    frame, placed = axes.get_window_extent(), []
-    for (label, x, y), pixel in zip(labelled, pixels, strict=True):
-        measured = axes.text(x, y, label, fontsize=8)
-        width, height = measured.get_window_extent(renderer).size
-        measured.remove()
-        box = _free_place(pixel, width, height, taken, frame)
-        scale = 72 / figure.dpi
+    for size in FONT_SIZES:
+        places = _find_places(axes, wanted, size)
+        if None not in places:
+            break
+    omitted: list[str] = []
+    axis_label = axes.get_xlabel()
+    while None in places:
+        omitted += [item.text for item, box in zip(wanted, places, strict=True) if box is None]
+        wanted = [item for item, box in zip(wanted, places, strict=True) if box is not None]
+        axes.set_xlabel(f"{axis_label}\nno room for {len(omitted)} labels, of {omitted[0]} and others")
+        figure.canvas.draw()  # the frame has moved
+        places = _find_places(axes, wanted, size)
+    boxes = [box for box in places if box is not None]
+    line = {"arrowstyle": "-", "linewidth": 0.6, "color": "grey", "shrinkA": 0, "shrinkB": 4}
+    for item, box in zip(wanted, boxes, strict=True):
+        x, y = axes.transData.transform(item.anchors[0])
         axes.annotate(
-            label,
-            (x, y),
-            xytext=((box.x0 - pixel[0]) * scale, (box.y0 - pixel[1]) * scale),
+            item.text,
+            item.anchors[0],
+            xytext=((box.x0 - x) * 72 / figure.dpi, (box.y0 - y) * 72 / figure.dpi),
             textcoords="offset points",
             verticalalignment="bottom",
-            fontsize=8,
+            fontsize=size,
             zorder=6,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": "grey", "shrinkA": 0, "shrinkB": 4},
+            arrowprops=line if item.pointed else None,
         )
-        taken.append(box)
-        placed.append(box)
-    return placed
+    return boxes
+
+
+def _find_places(axes: Axes, wanted: Sequence[_Text], size: float) -> list[Box | None]:
+    figure = axes.get_figure()
+    assert figure is not None
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    labels = []
+    for item in wanted:
+        measured = axes.text(*item.anchors[0], item.text, fontsize=size)
+        width, height = map(float, measured.get_window_extent(renderer).size)
+        measured.remove()
+        anchors = [(float(x), float(y)) for x, y in axes.transData.transform(item.anchors)]
+        labels.append(Label(width, height, anchors))
+    return place(labels, _obstacles(axes, renderer), _box(axes.get_window_extent()))
+
+
+def _obstacles(axes: Axes, renderer: Any) -> list[Box]:
+    """What a label must not cover: texts, the legend, markers and lines."""
+    taken = [_box(text.get_window_extent(renderer)) for text in axes.texts]
+    for line in axes.lines:
+        reach = 6 if line.get_marker() not in ("None", None, "") else 3
+        taken += [Box(x - reach, y - reach, x + reach, y + reach) for x, y in _along(line)]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(_box(legend.get_window_extent(renderer)))
+    return taken
+
+
+def _box(extent: Bbox) -> Box:
+    return Box(float(extent.x0), float(extent.y0), float(extent.x1), float(extent.y1))
 
 
 def _along(line: Line2D) -> list[tuple[float, float]]:
     """Pixels on a line, near enough to each other that no text fits between them."""
-    corners = [tuple(map(float, corner)) for corner in line.get_transform().transform(line.get_xydata())]
-    pixels = []
+    corners = [(float(x), float(y)) for x, y in line.get_transform().transform(line.get_xydata())]
+    pixels = [corners[0]] if corners else []
     for (x0, y0), (x1, y1) in pairwise(corners):
-        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 8))
-        pixels += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
+        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 6))
+        pixels += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps + 1)]
     return pixels
-
-
-def _free_place(pixel: Sequence[float], width: float, height: float, taken: Sequence[Bbox], frame: Bbox) -> Bbox:
-    """The nearest box of this size around a pixel that is in the frame and touches nothing; the last tried if none."""
-    from matplotlib.transforms import Bbox
-
-    for gap in range(8, 300, 8):
-        for angle in range(45, 405, 30):
-            x = pixel[0] + math.cos(math.radians(angle)) * (gap + width / 2) - width / 2
-            y = pixel[1] + math.sin(math.radians(angle)) * (gap + height / 2) - height / 2
-            box = Bbox.from_bounds(x, y, width, height)
-            inside = frame.x0 <= x and x + width <= frame.x1 and frame.y0 <= y and y + height <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                return box
-    return box
 
 
 def bar_plot(

@@ -19,6 +19,7 @@ from module0_profiling.occupancy import Occupancy, occupancy
 from module0_profiling.triton_compile import TritonBuild, compile_triton
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
+ALL_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DEFAULT_THREADS = 256
 
 

@@ -9,30 +9,37 @@
     profile    where a decode step's time goes, framework and solution
     static     registers, spills, shared memory and occupancy of the CUDA trilogy (needs NVRTC or nvcc, no GPU)
     kernels    times of the CUDA trilogy beside torch (needs a GPU)
+    check_kernels, check_engine
+               what must be right on a GPU before it is timed: gpu_checks.py (need a GPU)
 
 Every case times its subjects in turns (A B A B), several rounds, in one process, and writes
-reports/results/phase0/<case>.json. The ratios are medians of ratios within a round.
+reports/results/phase0/<case>.json. The ratios are medians of ratios within a round. `--dry-run` goes through what the
+GPU cases do with tiny sizes on the CPU, so that nothing fails on a GPU for a reason that has nothing to do with GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from module0_profiling import rooms
-from module0_profiling.bench_gpu import GpuCase
+from module0_profiling.bench_gpu import CheckFailed, GpuCase, dry_run
 from module0_profiling.hardware import detect, measured_peaks
-from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.results import Figure, record
 from phase0_prototype import kernel_cases, linear_cases, workloads
+from phase0_prototype.bandwidth import decode_shares
+from phase0_prototype.hub import resolve_model
 from phase0_prototype.llm import LLM
 from phase0_prototype.workloads import SHAPE, TINY, in_turns
 
@@ -48,6 +55,11 @@ class Options:
     rounds: int
     checkpoint: Path
     console: Console
+    dry: bool = False
+
+    def size(self, full: int, tiny: int) -> int:
+        """A size: the one that is measured, or that of a dry run."""
+        return tiny if self.dry else full
 
 
 def spread(values: Sequence[float]) -> float:
@@ -72,16 +84,17 @@ def kv_cache(options: Options) -> tuple[Figure, ...]:
     llms = {
         name: LLM(TINY, device=options.device, max_num_seqs=1, runner="eager", use=use) for name, use in names.items()
     }
-    for length in (8, 384):
+    new = options.size(200, 3)
+    for length in (8, options.size(384, 16)):
         prompts = workloads.random_prompts(4096, [length])
         before = {name: llm.engine.runner.forward_tokens for name, llm in llms.items()}
-        subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
+        subjects = {name: partial(workloads.run_ours, llm, prompts, new) for name, llm in llms.items()}
         runs = in_turns(subjects, options.rounds, options.console)
         seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
         row = f"prompt of {length}"
         for name, llm in llms.items():
             computed = (llm.engine.runner.forward_tokens - before[name]) / (options.rounds + 1)
-            figures.append(figure(f"{row}/{name}", [200 / s for s in seconds[name]], "tokens/s"))
+            figures.append(figure(f"{row}/{name}", [new / s for s in seconds[name]], "tokens/s"))
             figures.append(Figure(f"{row}/{name}, computed", computed, "tokens"))
         figures.append(ratio(f"{row}/speedup", seconds["framework"], seconds["solution"]))
     return tuple(figures)
@@ -92,7 +105,8 @@ def compiled(options: Options) -> tuple[Figure, ...]:
     fast = _fast(options)
     llms = {runner: LLM(TINY, device=options.device, max_num_seqs=1, runner=runner) for runner in ("eager", fast)}
     prompts = workloads.random_prompts(4096, [8])
-    subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
+    new = options.size(200, 3)
+    subjects = {name: partial(workloads.run_ours, llm, prompts, new) for name, llm in llms.items()}
     runs = in_turns(subjects, options.rounds, options.console)
     eager, quick = ([r.per_step for r in runs[name]] for name in ("eager", fast))
     return (
@@ -106,15 +120,16 @@ def batching(options: Options) -> tuple[Figure, ...]:
     """Eight prompts of different lengths through the solution's engine: alone, and as one batch."""
     llm = LLM(TINY, device=options.device, max_num_seqs=8)
     prompts = workloads.random_prompts(4096, list(workloads.LENGTHS_OF_8))
+    new = options.size(64, 2)
     subjects = {
-        "alone": partial(workloads.run_alone, llm, prompts, 64),
-        "batch": partial(workloads.run_ours, llm, prompts, 64),
+        "alone": partial(workloads.run_alone, llm, prompts, new),
+        "batch": partial(workloads.run_ours, llm, prompts, new),
     }
     runs = in_turns(subjects, options.rounds, options.console)
     seconds = {name: [r.prefill + r.decode for r in done] for name, done in runs.items()}
     return (
-        figure("one_at_a_time", [8 * 64 / s for s in seconds["alone"]], "tokens/s"),
-        figure("batch_of_8", [8 * 64 / s for s in seconds["batch"]], "tokens/s"),
+        figure("one_at_a_time", [8 * new / s for s in seconds["alone"]], "tokens/s"),
+        figure("batch_of_8", [8 * new / s for s in seconds["batch"]], "tokens/s"),
         ratio("speedup", seconds["alone"], seconds["batch"]),
     )
 
@@ -122,12 +137,16 @@ def batching(options: Options) -> tuple[Figure, ...]:
 def engines(options: Options) -> tuple[Figure, ...]:
     """Prefill and decode of the 1.1B shape beside transformers."""
     figures: list[Figure] = []
-    settings: dict[str, Any] = {"dtype": "bfloat16", "device": options.device, "max_model_len": 1152}
+    length_limit, usual = options.size(1152, 64), options.size(128, 8)
+    settings: dict[str, Any] = {"dtype": "bfloat16", "device": options.device, "max_model_len": length_limit}
+    cases = [(1, usual, 24), (8, usual, 16), (32, usual, 8), (1, 8 * usual, 4)]
+    if options.dry:
+        cases = [(1, usual, 2), (2, usual, 2)]
     with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
         peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
         llm = LLM(str(directory), **settings, max_num_seqs=32)
-        for batch, length, new in ((1, 128, 24), (8, 128, 16), (32, 128, 8), (1, 1024, 4)):
-            prompts = workloads.random_prompts(32000, [length] * batch)
+        for batch, length, new in cases:
+            prompts = workloads.random_prompts(llm.engine.config.vocab_size, [length] * batch)
             subjects = {
                 "ours": partial(workloads.run_ours, llm, prompts, new),
                 "transformers": partial(workloads.run_transformers, peer, prompts, new),
@@ -135,7 +154,7 @@ def engines(options: Options) -> tuple[Figure, ...]:
             runs = in_turns(subjects, options.rounds, options.console)
             prefill = {n: [r.prefill for r in done] for n, done in runs.items()}
             decode = {n: [r.per_step for r in done] for n, done in runs.items()}
-            if length == 128:
+            if length == usual:
                 for n, values in decode.items():
                     figures.append(figure(f"decode, batch {batch}/{n}", [batch / s for s in values], "tokens/s"))
                 figures.append(ratio(f"decode, batch {batch}/speedup", decode["transformers"], decode["ours"]))
@@ -146,45 +165,54 @@ def engines(options: Options) -> tuple[Figure, ...]:
                     rate = figure(f"prefill, {length} tokens/{n}, rate", [flops / s / 1e12 for s in values], "TFLOP/s")
                     figures.append(rate)
                 figures.append(ratio(f"prefill, {length} tokens/speedup", prefill["transformers"], prefill["ours"]))
-        peaks = measured_peaks(detect(options.device), refresh=True)
-        figures.append(Figure("prefill, 128 tokens/matmul rate", peaks.matmul["bfloat16"] / 1e12, "TFLOP/s"))
+        if not options.dry:
+            peaks = measured_peaks(detect(options.device), refresh=True)
+            figures.append(Figure("prefill, 128 tokens/matmul rate", peaks.matmul["bfloat16"] / 1e12, "TFLOP/s"))
         del llm
         figures += _one_sequence(LLM(str(directory), **settings, max_num_seqs=1, runner=_fast(options)), peer, options)
     return tuple(figures)
 
 
 def _one_sequence(llm: LLM, peer: Any, options: Options) -> list[Figure]:
-    """Decode by an engine for one sequence, compiled or captured; the memory is measured in turns with it."""
-    prompts = workloads.random_prompts(32000, [128])
-    decode: dict[str, list[float]] = {"ours": [], "transformers": []}
-    peaks: list[float] = []
-    for round_ in range(options.rounds + 1):
-        ours = workloads.run_ours(llm, prompts, 24).per_step
-        theirs = workloads.run_transformers(peer, prompts, 24).per_step
-        if round_:
-            decode["ours"].append(ours)
-            decode["transformers"].append(theirs)
-            peaks.append(read_bandwidth_now(detect(options.device)) / 1e9)
-    read = [workloads.bytes_per_step(llm, 128, 24) / s / 1e9 for s in decode["ours"]]
-    row = "decode, one sequence"
-    return [
-        figure(f"{row}/{_fast(options)}", [1 / s for s in decode["ours"]], "tokens/s"),
+    """Decode by an engine for one sequence, compiled or captured: beside transformers, and in turns with the memory."""
+    name, row = _fast(options), "decode, one sequence"
+    prompts = workloads.random_prompts(llm.engine.config.vocab_size, [options.size(128, 8)])
+    new = options.size(24, 2)
+    subjects = {
+        name: partial(workloads.run_ours, llm, prompts, new),
+        "transformers": partial(workloads.run_transformers, peer, prompts, new),
+    }
+    runs = in_turns(subjects, options.rounds, options.console)
+    decode = {n: [r.per_step for r in done] for n, done in runs.items()}
+    rates = [
+        figure(f"{row}/{name}", [1 / s for s in decode[name]], "tokens/s"),
         figure(f"{row}/transformers", [1 / s for s in decode["transformers"]], "tokens/s"),
-        ratio(f"{row}/speedup", decode["transformers"], decode["ours"]),
-        figure(f"{row}/bytes read", read, "GB/s"),
-        figure(f"{row}/read bandwidth", peaks, "GB/s"),
-        figure(f"{row}/share", [100 * r / p for r, p in zip(read, peaks, strict=True)], "%"),
+        ratio(f"{row}/speedup", decode["transformers"], decode[name]),
+    ]
+    if options.dry:
+        return rates
+    found = decode_shares(llm, options.rounds)
+    return [
+        *rates,
+        figure(f"{row}/bytes read", [r / 1e9 for r in found.read], "GB/s"),
+        figure(f"{row}/read bandwidth", [b / 1e9 for b in found.bandwidth], "GB/s"),
+        figure(f"{row}/share", [100 * share for share in found.shares], "%"),
     ]
 
 
 def _fast(options: Options) -> str:
+    if options.dry:
+        return "eager"  # there is no graph to capture, and compiling takes longer than all of a dry run
     return "cuda-graph" if options.device.startswith("cuda") else "compile"
 
 
 def profile(options: Options) -> tuple[Figure, ...]:
     """Share of each operation in a decode step, and how much of the step is operations at all."""
-    from phase0_prototype.profile import decode_profile
+    from phase0_prototype.profile import decode_profile, profile_decode
 
+    if options.dry:
+        measured = profile_decode(LLM(TINY, device=options.device, max_num_seqs=1), context=8, steps=2)
+        return (Figure("busy", measured.busy, ""),)
     return decode_profile(options.device)
 
 
@@ -193,23 +221,34 @@ CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
     "compile": compiled,
     "batching": batching,
     "engines": engines,
-    "linear": lambda options: linear_cases.linear(options.device, options.rounds, options.console),
+    "linear": lambda options: linear_cases.linear(
+        options.device, options.rounds, options.console, linear_cases.DRY if options.dry else linear_cases.FULL
+    ),
     "roofline": lambda options: linear_cases.on_the_roofline(options.device, options.rounds, options.console),
     "profile": profile,
     "static": lambda options: kernel_cases.static(),
-    "kernels": lambda options: kernel_cases.timed(),
+    "kernels": lambda options: kernel_cases.timed(dry=options.dry),
+    "check_kernels": lambda options: _checks().kernels(options.device, dry=options.dry),
+    "check_engine": lambda options: _checks().engine(options.device, dry=options.dry),
 }
-NEEDS_GPU = ("kernels",)
+NEEDS_GPU = ("kernels", "check_kernels", "check_engine")
 
+GPU_CHECKS = (GpuCase("check_kernels", value=10, seconds=60), GpuCase("check_engine", value=9, seconds=60))
 GPU_CASES = (
-    GpuCase("kernels", value=10, seconds=90),
-    GpuCase("engines", value=9, seconds=120),
-    GpuCase("compile", value=8, seconds=60),
-    GpuCase("kv_cache", value=7, seconds=60),
+    GpuCase("kernels", value=10, seconds=90, check="check_kernels"),
+    GpuCase("engines", value=9, seconds=120, check="check_engine"),
+    GpuCase("compile", value=8, seconds=60, check="check_engine"),
+    GpuCase("kv_cache", value=7, seconds=60, check="check_engine"),
     GpuCase("profile", value=6, seconds=40),
-    GpuCase("batching", value=5, seconds=60),
+    GpuCase("batching", value=5, seconds=60, check="check_engine"),
     GpuCase("linear", value=3, seconds=30),
 )
+
+
+def _checks() -> ModuleType:
+    from phase0_prototype import gpu_checks
+
+    return gpu_checks
 
 
 def main() -> None:
@@ -220,10 +259,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", type=Path, default=KEPT, help=f"of {SHAPE}, by `titan checkpoint`")
     parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, records nothing")
     args = parser.parse_args()
     unknown = [c for c in args.cases if c not in CASES]
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}: choose {', '.join(CASES)}")
+    if args.dry_run:
+        sys.exit(_dry_run(args.cases))
     if not args.device.startswith("cuda") and (needs := [c for c in args.cases if c in NEEDS_GPU]):
         parser.error(f"{needs[0]} needs a GPU: nothing was measured")
     console = Console()
@@ -231,7 +273,10 @@ def main() -> None:
     chosen = args.cases or [c for c in CASES if c not in NEEDS_GPU or options.device.startswith("cuda")]
     for name in chosen:
         console.rule(name)
-        figures = CASES[name](options)
+        try:
+            figures = CASES[name](options)
+        except CheckFailed as error:
+            sys.exit(f"{name} failed: {error}")
         for f in figures:
             console.print(f"  {f.name:45} {f.value:12.4g} {f.unit:10} spread {(f.spread or 0):.0%}", highlight=False)
         if not args.no_record:
@@ -245,6 +290,16 @@ def main() -> None:
                 peers=("transformers",) if name == "engines" else (),
                 device="gpu" if suffix else "cpu",
             )
+
+
+def _dry_run(names: list[str]) -> int:
+    """Every GPU case, or those named, with tiny sizes on the CPU; 1 if one failed."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which no case has done yet
+    torch.set_num_threads(1)
+    tiny = resolve_model(TINY)  # it stands for the 1.1B shape too
+    options = Options("cpu", rounds=1, checkpoint=tiny, console=Console(quiet=True), dry=True)
+    chosen = names or [case.name for case in (*GPU_CHECKS, *GPU_CASES)]
+    return dry_run({name: partial(CASES[name], options) for name in chosen})
 
 
 if __name__ == "__main__":

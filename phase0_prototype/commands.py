@@ -1,4 +1,4 @@
-"""The `titan` commands of phase 0: `generate`, `demo` and `checkpoint`. Imports torch only when a command runs."""
+"""The `titan` commands of phase 0: `generate`, `demo`, `why-slow`, `checkpoint`. Torch is imported when one runs."""
 
 from __future__ import annotations
 
@@ -106,8 +106,9 @@ def run(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `titan`."""
-    from phase0_prototype import checkpoint_commands
+    from phase0_prototype import checkpoint_commands, why_slow_command
 
     app.command()(generate)
     app.command()(demo)
+    why_slow_command.register(app)
     checkpoint_commands.register(app)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from module0_profiling.course.parts import Use, resolve
+from module0_profiling.ranges import span
 from phase0_prototype.answers import Answer
 from phase0_prototype.attention import TorchAttention
 from phase0_prototype.batch import Batch
@@ -28,7 +29,7 @@ from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.layers import Layers
 from phase0_prototype.linear import best_format
-from phase0_prototype.logprobs import logprobs_of
+from phase0_prototype.logprobs import TokenLogprobs, logprobs_of
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
 from phase0_prototype.rng import derive_seed
@@ -113,31 +114,23 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One forward pass; returns the prompts that got new tokens, each with all of its outputs so far."""
-        step = self.scheduler.next_step()
-        blocks = [self.kv.blocks(s.request) for s in step.scheduled]
-        batch = Batch.build(step, blocks, self.kv.block_size, self.device)
-        logits = self.runner.forward(batch)  # [R, V] float32
-        logits = self._take_prompt_logprobs(step, logits)  # [sampling sequences, V]
-        sampling = [s.request for s in step.scheduled if s.samples]
-        rows = SamplingRows.build(sampling, logits.shape[1], self.device)
-        sampled = sample(logits, rows)
-        chosen = dict(zip((r.request_id for r in sampling), sampled.tolist(), strict=True))
+        with span("schedule"):
+            step = self.scheduler.next_step()
+        with span("prepare"):
+            blocks = [self.kv.blocks(s.request) for s in step.scheduled]
+            batch = Batch.build(step, blocks, self.kv.block_size, self.device)
+        with span("forward"):
+            logits = self.runner.forward(batch)  # [R, V] float32
+        with span("sample"):
+            logits = self._take_prompt_logprobs(step, logits)  # [sampling sequences, V]
+            sampling = [s.request for s in step.scheduled if s.samples]
+            sampled = sample(logits, SamplingRows.build(sampling, logits.shape[1], self.device))
+            chosen = dict(zip((r.request_id for r in sampling), sampled.tolist(), strict=True))
         now = time.perf_counter()
-        self.scheduler.finish(step, [[chosen[s.request.request_id]] if s.samples else [] for s in step.scheduled])
-        touched: dict[str, Answer] = {}
-        for row, request in enumerate(sampling):
-            answer = self._of_request[request.request_id]
-            answer.take_token(request, sampled.logprobs, row, now)
-            if answer.stopped_by(request) is not None and request.finish_reason is None:
-                self.scheduler.abort(request, "stop")
-            if request.finish_reason is not None:
-                answer.finish(request, now)
-            touched[answer.request_id] = answer
-        outputs = [answer.output() for answer in touched.values()]
-        for output in outputs:
-            if output.finished:
-                self._forget(output.request_id)
-        return outputs
+        with span("finish"):
+            self.scheduler.finish(step, [[chosen[s.request.request_id]] if s.samples else [] for s in step.scheduled])
+        with span("detokenise"):
+            return self._answer(sampling, sampled.logprobs, now)
 
     def abort(self, request_id: str) -> None:
         """Stop a prompt's sequences and free what they hold; unknown or finished ids are ignored."""
@@ -151,6 +144,23 @@ class Engine:
         """Stop everything."""
         for request_id in list(self._answers):
             self.abort(request_id)
+
+    def _answer(self, sampling: list[Request], logprobs: TokenLogprobs | None, now: float) -> list[RequestOutput]:
+        """Turn each sequence's new token into text; returns the outputs of their prompts."""
+        touched: dict[str, Answer] = {}
+        for row, request in enumerate(sampling):
+            answer = self._of_request[request.request_id]
+            answer.take_token(request, logprobs, row, now)
+            if answer.stopped_by(request) is not None and request.finish_reason is None:
+                self.scheduler.abort(request, "stop")
+            if request.finish_reason is not None:
+                answer.finish(request, now)
+            touched[answer.request_id] = answer
+        outputs = [answer.output() for answer in touched.values()]
+        for output in outputs:
+            if output.finished:
+                self._forget(output.request_id)
+        return outputs
 
     def _forget(self, request_id: str) -> None:
         for request in self._answers.pop(request_id).requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,16 +26,30 @@ Products = Callable[[dict[int, torch.Tensor]], object]
 PARAMETERS = LAYERS * sum(out * width for out, width in SHAPES)
 
 
-def times(device_name: str, rounds: int, console: Console) -> dict[tuple[int, str], Timing]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is multiplied: rows of the input, shapes [out, in] of a layer's weights, layers."""
+
+    rows: tuple[int, ...] = ROWS
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    layers: int = LAYERS
+
+
+FULL = Sizes()
+DRY = Sizes(rows=(2,), shapes=((32, 64), (64, 32)), layers=1)
+
+
+def times(device_name: str, rounds: int, console: Console, sizes: Sizes = FULL) -> dict[tuple[int, str], Timing]:
     """Seconds to multiply by all layers once, by (rows, format), the formats in turns; `matvec` has one row only."""
     device = torch.device(device_name)
     formats: dict[str, LinearFormat] = {"F.linear": Dense()}
     if not OneDNNPacked.why_not(device, torch.bfloat16):
         formats["packed"] = OneDNNPacked()
-    stacks = {name: _stack(number_format, device) for name, number_format in formats.items()}
+    stacks = {name: _stack(number_format, device, sizes) for name, number_format in formats.items()}
     found: dict[tuple[int, str], Timing] = {}
-    for rows in ROWS:
-        inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in (2048, 5632)}
+    for rows in sizes.rows:
+        widths = {width for _, width in sizes.shapes}
+        inputs = {w: torch.randn(rows, w, device=device).to(torch.bfloat16) for w in sorted(widths)}
         subjects = {name: partial(_once, partial(_products, stack), inputs) for name, stack in stacks.items()}
         if rows == 1 and device.type == "cpu" and not absent("compiler"):
             subjects["matvec"] = partial(_once, _compiled(stacks["F.linear"]), inputs)
@@ -43,10 +58,10 @@ def times(device_name: str, rounds: int, console: Console) -> dict[tuple[int, st
     return found
 
 
-def linear(device: str, rounds: int, console: Console) -> tuple[Figure, ...]:
+def linear(device: str, rounds: int, console: Console, sizes: Sizes = FULL) -> tuple[Figure, ...]:
     """Bandwidth and rate of each format at each number of rows."""
     figures: list[Figure] = []
-    for (rows, name), timing in times(device, rounds, console).items():
+    for (rows, name), timing in times(device, rounds, console, sizes).items():
         read, flops = 2 * PARAMETERS / timing.median / 1e9, 2 * PARAMETERS * rows / timing.median / 1e12
         figures.append(Figure(f"{rows} rows/{name}, GB/s", read, "GB/s", timing.spread))
         figures.append(Figure(f"{rows} rows/{name}, TFLOP/s", flops, "TFLOP/s", timing.spread))
@@ -65,9 +80,9 @@ def on_the_roofline(device: str, rounds: int, console: Console) -> tuple[Figure,
     return roofline.to_figures(points, peaks)
 
 
-def _stack(number_format: LinearFormat, device: torch.device) -> list[Linear]:
+def _stack(number_format: LinearFormat, device: torch.device, sizes: Sizes) -> list[Linear]:
     layers = []
-    for out, width in SHAPES * LAYERS:
+    for out, width in sizes.shapes * sizes.layers:
         layer = Linear(
             (Part("w", out),), width, bias=False, number_format=number_format, dtype=torch.bfloat16, device=device
         )

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from module0_profiling.ranges import span
 from phase0_prototype.attention import AttentionPlan
 from phase0_prototype.batch import Batch
 from phase0_prototype.config import ModelConfig
@@ -44,8 +45,14 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        x = x + self.attention(self.input_norm(x), rotary, kv, plan)
-        return x + self.mlp(self.post_attention_norm(x))
+        with span("norm"):
+            normed = self.input_norm(x)
+        with span("attention"):
+            x = x + self.attention(normed, rotary, kv, plan)
+        with span("norm"):
+            normed = self.post_attention_norm(x)
+        with span("mlp"):
+            return x + self.mlp(normed)
 
 
 class DecoderModel(nn.Module):
@@ -77,12 +84,15 @@ class DecoderModel(nn.Module):
         self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor, plan: AttentionPlan, kv: KVCache
     ) -> Tensor:
         """The part of `forward` that is only arithmetic: what is compiled or captured."""
-        x = self.embed_tokens(token_ids)  # [T, hidden]
-        rotary = self.rotary(positions)
+        with span("embedding"):
+            x = self.embed_tokens(token_ids)  # [T, hidden]
+            rotary = self.rotary(positions)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, kv.layer(i), plan)
-        x = self.norm(x[logits_rows])  # [R, hidden]
-        return self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
+        with span("norm"):
+            x = self.norm(x[logits_rows])  # [R, hidden]
+        with span("lm_head"):
+            return self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
 
     def destinations(self) -> dict[str, Destination]:
         """Where every tensor of the checkpoint goes, by its name there."""

@@ -32,11 +32,15 @@ class OperationTime:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """A decode step: wall seconds without the profiler and with it, and its operations, slowest first."""
+    """A decode step: wall seconds without the profiler and with it, and its operations, slowest first.
+
+    `forward` is the share of the profiled wall time inside the range of that name, the model's forward pass.
+    """
 
     wall: float
     profiled_wall: float
     operations: tuple[OperationTime, ...]
+    forward: float
 
     @property
     def busy(self) -> float:
@@ -44,18 +48,20 @@ class StepProfile:
         return sum(op.seconds for op in self.operations) / self.profiled_wall
 
 
-def profile_decode(llm: LLM, *, context: int = CONTEXT, steps: int = STEPS) -> StepProfile:
-    """Profile decode steps of one sequence.
+def profile_decode(llm: LLM, *, context: int = CONTEXT, steps: int = STEPS, batch: int = 1) -> StepProfile:
+    """Profile decode steps.
 
     Args:
-        llm: any model; one sequence runs in it.
-        context: tokens of the prompt.
+        llm: any model; nothing else runs in it.
+        context: tokens of each prompt.
         steps: decode steps profiled, after as many for warming up and as many timed without the profiler.
+        batch: sequences.
     """
     device = llm.engine.device
-    prompt = workloads.random_prompts(llm.engine.config.vocab_size, [context])[0]
+    prompts = workloads.random_prompts(llm.engine.config.vocab_size, [context] * batch)
     engine = llm.engine
-    request = engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=3 * steps + 2, ignore_eos=True))
+    params = SamplingParams(temperature=0, max_tokens=3 * steps + 2, ignore_eos=True)
+    requests = [engine.add_request(prompt, params) for prompt in prompts]
 
     def run() -> float:
         began = time.perf_counter()
@@ -64,20 +70,24 @@ def profile_decode(llm: LLM, *, context: int = CONTEXT, steps: int = STEPS) -> S
         return (time.perf_counter() - began) / steps
 
     try:
-        engine.step()  # the prompt
+        engine.step()  # the prompts
         run()
         wall = run()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         with profile(activities=activities) as trace:
             profiled = run()
     finally:
-        engine.abort(request)
-    found = []
+        for request in requests:
+            engine.abort(request)
+    found, forward = [], 0.0
     for event in trace.key_averages():
+        if event.is_user_annotation:  # a range of ours: what is inside counts, not the range
+            forward += event.cpu_time_total / 1e6 / steps if event.key == "forward" else 0.0
+            continue
         micros = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if micros and not event.key.startswith(("cuda", "ProfilerStep", "USDT")):
             found.append(OperationTime(event.key, micros / 1e6 / steps, event.count / steps))
-    return StepProfile(wall, profiled, tuple(sorted(found, key=lambda op: -op.seconds)))
+    return StepProfile(wall, profiled, tuple(sorted(found, key=lambda op: -op.seconds)), forward / profiled)
 
 
 def decode_profile(device: str, model: str = "titan-tiny") -> tuple[Figure, ...]:

@@ -20,10 +20,9 @@ from rich.console import Console
 from module0_profiling import rooms
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
-from module0_profiling.hardware import detect
-from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.timing import Timing, ratio
 from phase0_prototype import workloads
+from phase0_prototype.bandwidth import decode_shares
 from phase0_prototype.llm import LLM
 from phase0_prototype.workloads import SHAPE, TINY, Run, in_turns
 
@@ -104,16 +103,10 @@ def bandwidth_share(use: Use) -> Measured:
     """Bytes that a compiled decode step must read, by its time, over the read bandwidth: in turns, the median share."""
     with _checkpoint() as directory:
         llm = LLM(str(directory), **SETTINGS | {"max_num_seqs": 1}, runner="compile", use=use)
-    prompts = workloads.random_prompts(llm.engine.config.vocab_size, [128])
-    reads, peaks = [], []
-    for round_ in range(ROUNDS + 1):
-        run = workloads.run_ours(llm, prompts, 24)
-        if round_:  # the first one compiled
-            reads.append(workloads.bytes_per_step(llm, 128, 24) / run.per_step)
-            peaks.append(read_bandwidth_now(detect("cpu")))
-    share = Timing(tuple(read / peak for read, peak in zip(reads, peaks, strict=True)))
-    seen = f"{statistics.median(reads) / 1e9:.1f} of {statistics.median(peaks) / 1e9:.1f} GB/s"
-    return Measured(share.median, seen, share.spread)
+    found = decode_shares(llm, ROUNDS)
+    share = Timing(found.shares)
+    read, peak = (statistics.median(values) / 1e9 for values in (found.read, found.bandwidth))
+    return Measured(share.median, f"{read:.1f} of {peak:.1f} GB/s", share.spread)
 
 
 def _runner_speedup(use: Use, runner: str, device: str) -> Measured:

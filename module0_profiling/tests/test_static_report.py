@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -9,11 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from module0_profiling import cuda_compile, gpu_tools, kernel_commands
+from module0_profiling import cuda_compile, gpu_tools, kernel_commands, rooms
 from module0_profiling.cuda_compile import compile_cuda, parse_resources
+from module0_profiling.cuda_on_cpu.emulator import KERNEL
 from module0_profiling.gpu_tools import CompileError, MissingTool, find_nvrtc, find_tool
-from module0_profiling.instruction_mix import from_ptx, from_sass, max_threads
-from module0_profiling.static_report import report_cuda
+from module0_profiling.instruction_mix import InstructionMix, from_ptx, from_sass, max_threads
+from module0_profiling.occupancy import limits_of
+from module0_profiling.static_report import ALL_ARCHS, report_cuda
 
 COMPILERS = [name for name, here in (("nvrtc", find_nvrtc()), ("nvcc", shutil.which("nvcc"))) if here]
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no NVRTC and no nvcc: pip install nvidia-cuda-nvrtc")
@@ -94,6 +99,101 @@ def test_machine_code_is_counted_by_what_it_does() -> None:
     assert (one.global_loads, one.vector_loads, one.async_copies, one.vector_stores) == (2, 2, 1, 1)
     assert (one.shared_loads, one.shared_stores, one.ffma, one.total) == (1, 0, 3, 9)
     assert (two.tensor_core, two.total) == (1, 2)
+    assert (two.mma, two.wgmma, two.tcgen05) == (0, 1, 0)
+
+
+def test_widths_of_global_accesses_are_told_apart() -> None:
+    assert from_sass(SASS)["one"].global_widths == {32: (1, 0), 128: (2, 1)}
+    assert from_ptx(PTX)["one"].global_widths == {32: (1, 0), 128: (1, 0)}
+    narrow = from_sass(".text.k:\n /*0000*/ LDG.E.U16.CONSTANT R4, [R4.64] ;\n /*0010*/ STG.E.64 [R2.64], R4 ;\n")
+    assert narrow["k"].global_widths == {16: (1, 0), 64: (0, 1)}
+
+
+def test_every_generation_of_tensor_cores_and_copies_has_its_count() -> None:
+    opcodes = {
+        "HMMA.16816.F32.BF16": 4,
+        "IMMA.16832.S8.S8": 1,
+        "QGMMA.64x128x32.F32.E4M3.E4M3": 2,
+        "UTCHMMA": 3,
+        "UTMALDG.2D": 5,
+        "UBLKCP": 1,
+        "LDGSTS.E.BYPASS.128": 6,
+    }
+    mix = InstructionMix("sass", opcodes)
+    assert (mix.mma, mix.wgmma, mix.tcgen05, mix.tensor_core) == (5, 2, 3, 10)
+    assert (mix.bulk_copies, mix.async_copies, mix.global_widths) == (6, 6, {128: (6, 0)})
+    ptx = {
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16": 2,
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 1,
+        "tcgen05.mma.cta_group::1.kind::f16": 1,
+        "cp.async.cg.shared.global": 3,
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier": 2,
+        "cp.async.bulk.commit_group": 1,
+    }
+    mix = InstructionMix("ptx", ptx)
+    assert (mix.mma, mix.wgmma, mix.tcgen05) == (1, 2, 1)
+    assert (mix.bulk_copies, mix.async_copies, mix.global_widths) == (2, 3, {128: (3, 0)})
+
+
+def cuda_kernels() -> list[tuple[str, Path]]:
+    """(kernel, file) of every CUDA kernel of every room; the frameworks are the students' and follow the solution."""
+    found = []
+    for room in rooms.discover():
+        for source in sorted((rooms.ROOT / room).rglob("*.cu")):
+            if not {"framework", "tests"} & set(source.parts):
+                found += [(kernel, source) for kernel in KERNEL.findall(source.read_text())]
+    return found
+
+
+def triton_kernels() -> list[tuple[str, Path]]:
+    """(function, file) of every @triton.jit function of every room that is launched, not called by another one."""
+    found = []
+    for room in rooms.discover():
+        for source in sorted((rooms.ROOT / room).rglob("*.py")):
+            if {"framework", "tests"} & set(source.parts) or "triton" not in source.read_text():
+                continue
+            functions = [n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.FunctionDef)]
+            jitted = [f for f in functions if any("jit" in ast.unparse(d) for d in f.decorator_list)]
+            called = {
+                n.func.id
+                for f in jitted
+                for n in ast.walk(f)
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+            }
+            found += [(f.name, source) for f in jitted if f.name not in called]
+    return found
+
+
+def reported_sources() -> dict[Path, str]:
+    return {s: room for room in kernel_commands.rooms_with_kernels() for s in kernel_commands.kernel_sources(room)}
+
+
+@needs_compiler
+def test_no_cuda_kernel_of_a_room_is_left_out_of_the_report() -> None:
+    kernels = cuda_kernels()
+    assert len(kernels) >= 18
+    sources = reported_sources()
+    for source in {source for _, source in kernels}:
+        assert source in sources, f"{source} is in no room's kernels folder: titan kernels does not see it"
+        reported = {report.kernel for report in kernel_commands.report_file(sources[source], source, ("sm_90",), None)}
+        assert {kernel for kernel, file in kernels if file == source} == reported
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is Linux only)")
+def test_no_triton_kernel_of_a_room_is_left_out_of_the_report() -> None:
+    kernels = triton_kernels()
+    assert len(kernels) >= 2
+    sources = reported_sources()
+    for kernel, source in kernels:
+        assert source in sources, f"{source} has {kernel} and no AOT: titan kernels does not see it"
+        module = importlib.import_module(f"{sources[source]}.kernels.{source.stem}")
+        assert kernel in {build.kernel.__name__ for build in module.AOT}, f"{kernel} has no build in AOT of {source}"
+
+
+def test_all_means_every_architecture_of_the_course() -> None:
+    assert kernel_commands.archs_of("all") == ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    assert kernel_commands.archs_of("sm_90, sm_120") == ("sm_90", "sm_120")
+    assert all(limits_of(arch) for arch in ALL_ARCHS)
 
 
 def test_ptx_is_counted_where_there_is_no_disassembler() -> None:
@@ -120,8 +220,8 @@ def test_a_report_shows_vectors_shared_memory_and_spills(tmp_path: Path, compile
 def test_every_architecture_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     source = tmp_path / "tiny.cu"
     source.write_text('extern "C" __global__ void tiny(float* x) { x[threadIdx.x] += 1.0f; }')
-    reports = report_cuda(source, ("sm_80", "sm_90", "sm_120"), threads=64)
-    assert [r.arch for r in reports] == ["sm_80", "sm_90", "sm_120"]
+    reports = report_cuda(source, ALL_ARCHS, threads=64)
+    assert [r.arch for r in reports] == list(ALL_ARCHS)
     assert all(r.threads == 64 and r.registers > 0 and r.occupancy.warps > 0 for r in reports)
 
 

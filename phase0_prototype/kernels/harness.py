@@ -6,13 +6,14 @@ Without a GPU it prints the static report instead, and says that nothing was tim
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from phase0_prototype.kernels import ladder
-from phase0_prototype.kernels.launch import prepare, run
-from phase0_prototype.kernels.operation import Operation
+from phase0_prototype.kernels import emulated, ladder, launch
+from phase0_prototype.kernels.operation import Call, Operation, Tensors
 
 RAGGED = (512, 257, 1000)  # square sizes for the check: a multiple of every tile, and two that are of none
 
@@ -44,21 +45,40 @@ def check(operation: Operation, sizes: tuple[int, ...] = RAGGED) -> list[Checked
     results = []
     for size in sizes:
         tensors = operation.inputs(size, "cuda")
-        exact = operation.reference(*(t.double() for t in tensors))
         for version in ladder.read(operation.source):
-            got = run(operation, version.name, *tensors).double()
-            results.append(Checked(version.name, size, float((got - exact).abs().max() / exact.abs().max())))
+            results.append(Checked(version.name, size, error_of(operation, version.name, tensors, "cuda")))
     return results
 
 
-def bench(operation: Operation, *, size: int | None = None, rounds: int = 7) -> list[Timed]:
-    """Times every version, the Triton twin and the peer, interleaved in one run on a GPU."""
+def error_of(operation: Operation, version: str, tensors: Tensors, device: str) -> float:
+    """Largest error of a version (or of ``triton``) relative to the largest value of the float64 result."""
+    exact = operation.reference(*(t.double() for t in tensors))
+    if version == "triton":
+        got = operation.triton(*tensors)
+    else:
+        call = operation.call(*tensors)
+        call.out.fill_(float("nan"))  # memory that an earlier version wrote must not pass for a result
+        preparer(device)(operation.source, version, call)()
+        got = call.out
+    return float((got.double() - exact).abs().max() / exact.abs().max())
+
+
+def preparer(device: str) -> Callable[[Path, str, Call], Callable[[], None]]:
+    """How a version is launched: on a GPU, or for "cpu" in the emulation."""
+    return emulated.prepare if device == "cpu" else launch.prepare
+
+
+def bench(operation: Operation, *, size: int | None = None, rounds: int = 7, device: str = "cuda") -> list[Timed]:
+    """Times every version, the Triton twin and the peer, interleaved in one run on a GPU.
+
+    ``device="cpu"`` runs the same lines in the emulation; the times then mean nothing.
+    """
     from module0_profiling.timing import interleave, ratio
 
-    tensors = operation.inputs(size or operation.bench_size, "cuda")
+    tensors = operation.inputs(size or operation.bench_size, device)
     call = operation.call(*tensors)
     names = [version.name for version in ladder.read(operation.source)]
-    functions = {name: prepare(operation.source, name, call) for name in names}
+    functions = {name: preparer(device)(operation.source, name, call) for name in names}
     timings = interleave(
         {
             **functions,
@@ -66,7 +86,7 @@ def bench(operation: Operation, *, size: int | None = None, rounds: int = 7) -> 
             operation.peer: lambda: operation.reference(*tensors),
         },
         rounds=rounds,
-        device="cuda",
+        device=device,
     )
     moved, flops = operation.work(*tensors)
     first, peer = timings[names[0]], timings[operation.peer]

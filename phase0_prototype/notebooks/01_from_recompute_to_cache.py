@@ -191,9 +191,10 @@ def draw_timeline(axes, events: list, count: int, title: str) -> list[float]:
     spans = [(e.time_range.start, e.time_range.end) for e in step_events]
     windows = list(zip(spans, spans[count - 1 :], strict=False))
     began = min(windows, key=lambda window: window[1][1] - window[0][0])[0][0]
-    rows = {"CPU": [e for e in events if e.cpu_parent is not None and e.cpu_parent.name == "step"]}
+    called = [e for e in events if not e.is_user_annotation and e.cpu_parent is not None]  # not the engine's own ranges
+    rows = {"CPU": [e for e in called if e.cpu_parent.is_user_annotation]}
     if DEVICE == "cuda":
-        rows["GPU"] = [e for e in events if e.device_type == DeviceType.CUDA and e.name != "step"]
+        rows["GPU"] = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     for row, found in enumerate(rows.values()):
         for kind, (colour, _) in KINDS.items():
             bars = [e.time_range for e in found if kind_of(e.name) == kind]
@@ -549,11 +550,18 @@ else:
     whole(compiled)  # compiles, or captures
     print(f"the first run takes {time.perf_counter() - began:.1f} s")
     climb(runner, eight, compiled, predicted=(model_of_8 + around_8) / (floor + around_8))
+    alone = engine("solution", max_num_seqs=1, runner=runner)
+    run_ours(alone, PROMPTS[:1], ANSWER)
+    timings = interleave(
+        {n: lambda e=e: run_ours(e, PROMPTS[:1], ANSWER) for n, e in (("eager", solution), (runner, alone))}, rounds=3
+    )
+    print(f"one sequence: {runner} is {ratio(timings['eager'], timings[runner]):.2f} x as fast as eager")
 
 # %% [markdown]
 # The first run pays for compiling or capturing, once for each batch size and each 256 tokens of length: worth it
-# for a server, not for one answer. The bound is out of reach for a model this small, since a call of a library
-# costs more than its arithmetic.
+# for a server, not for one answer. For eight sequences the bound is out of reach on a CPU: each product is still a
+# call of a library, which costs more than its arithmetic. For one sequence the compiler writes the products itself
+# (`matvec.py`), and there is no library left to call.
 #
 # ### All rungs
 #
