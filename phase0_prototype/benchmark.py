@@ -3,7 +3,8 @@
     kv_cache   200 tokens of titan-tiny after a short and a long prompt: framework, KV cache, tokens computed
     compile    decode of titan-tiny: eager and compiled (CUDA graphs on a GPU)
     batching   8 prompts one after the other and together
-    engines    TinyLlama-1.1B's shape in bfloat16: prefill and decode beside transformers, and the memory's limit
+    engines    TinyLlama-1.1B's shape in bfloat16: prefill and decode beside transformers
+    one_sequence  decode of that shape by an engine for one sequence, and the memory's limit
     linear     linear layers of that shape: F.linear and packed weights, by rows
     roofline   the same under this machine's ceilings
     profile    where a decode step's time goes, framework and solution
@@ -168,36 +169,36 @@ def engines(options: Options) -> tuple[Figure, ...]:
         if not options.dry:
             peaks = measured_peaks(detect(options.device), refresh=True)
             figures.append(Figure("prefill, 128 tokens/matmul rate", peaks.matmul["bfloat16"] / 1e12, "TFLOP/s"))
-        del llm
-        figures += _one_sequence(LLM(str(directory), **settings, max_num_seqs=1, runner=_fast(options)), peer, options)
     return tuple(figures)
 
 
-def _one_sequence(llm: LLM, peer: Any, options: Options) -> list[Figure]:
+def one_sequence(options: Options) -> tuple[Figure, ...]:
     """Decode by an engine for one sequence, compiled or captured: beside transformers, and in turns with the memory."""
-    name, row = _fast(options), "decode, one sequence"
+    name, new = _fast(options), options.size(24, 2)
+    with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
+        peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
+        llm = LLM(str(directory), dtype="bfloat16", device=options.device, max_num_seqs=1, runner=name)
     prompts = workloads.random_prompts(llm.engine.config.vocab_size, [options.size(128, 8)])
-    new = options.size(24, 2)
     subjects = {
         name: partial(workloads.run_ours, llm, prompts, new),
         "transformers": partial(workloads.run_transformers, peer, prompts, new),
     }
     runs = in_turns(subjects, options.rounds, options.console)
     decode = {n: [r.per_step for r in done] for n, done in runs.items()}
-    rates = [
-        figure(f"{row}/{name}", [1 / s for s in decode[name]], "tokens/s"),
-        figure(f"{row}/transformers", [1 / s for s in decode["transformers"]], "tokens/s"),
-        ratio(f"{row}/speedup", decode["transformers"], decode[name]),
-    ]
+    rates = (
+        figure(name, [1 / s for s in decode[name]], "tokens/s"),
+        figure("transformers", [1 / s for s in decode["transformers"]], "tokens/s"),
+        ratio("speedup", decode["transformers"], decode[name]),
+    )
     if options.dry:
         return rates
     found = decode_shares(llm, options.rounds)
-    return [
+    return (
         *rates,
-        figure(f"{row}/bytes read", [r / 1e9 for r in found.read], "GB/s"),
-        figure(f"{row}/read bandwidth", [b / 1e9 for b in found.bandwidth], "GB/s"),
-        figure(f"{row}/share", [100 * share for share in found.shares], "%"),
-    ]
+        figure("bytes read", [r / 1e9 for r in found.read], "GB/s"),
+        figure("read bandwidth", [b / 1e9 for b in found.bandwidth], "GB/s"),
+        figure("share", [100 * share for share in found.shares], "%", f"{found.skipped} rounds were not steady"),
+    )
 
 
 def _fast(options: Options) -> str:
@@ -221,6 +222,7 @@ CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
     "compile": compiled,
     "batching": batching,
     "engines": engines,
+    "one_sequence": one_sequence,
     "linear": lambda options: linear_cases.linear(
         options.device, options.rounds, options.console, linear_cases.DRY if options.dry else linear_cases.FULL
     ),
@@ -237,6 +239,7 @@ GPU_CHECKS = (GpuCase("check_kernels", value=10, seconds=60), GpuCase("check_eng
 GPU_CASES = (
     GpuCase("kernels", value=10, seconds=90, check="check_kernels"),
     GpuCase("engines", value=9, seconds=120, check="check_engine"),
+    GpuCase("one_sequence", value=9, seconds=60, check="check_engine"),
     GpuCase("compile", value=8, seconds=60, check="check_engine"),
     GpuCase("kv_cache", value=7, seconds=60, check="check_engine"),
     GpuCase("profile", value=6, seconds=40),
@@ -287,7 +290,7 @@ def main() -> None:
                 name + suffix,
                 figures,
                 command=command,
-                peers=("transformers",) if name == "engines" else (),
+                peers=("transformers",) if name in ("engines", "one_sequence") else (),
                 device="gpu" if suffix else "cpu",
             )
 
