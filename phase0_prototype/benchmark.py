@@ -192,12 +192,18 @@ def one_sequence(options: Options) -> tuple[Figure, ...]:
     )
     if options.dry:
         return rates
-    found = decode_shares(llm, options.rounds)
+    found = decode_shares(llm, 2 * options.rounds)
+    by_bandwidth = sorted(zip(found.bandwidth, found.shares, strict=True))
+    (slow, share_of_slow), (fast, share_of_fast) = by_bandwidth[0], by_bandwidth[-1]
     return (
         *rates,
         figure("bytes read", [r / 1e9 for r in found.read], "GB/s"),
         figure("read bandwidth", [b / 1e9 for b in found.bandwidth], "GB/s"),
         figure("share", [100 * share for share in found.shares], "%", f"{found.skipped} rounds were not steady"),
+        Figure("slowest memory of a round", slow / 1e9, "GB/s"),
+        Figure("share in that round", 100 * share_of_slow, "%"),
+        Figure("fastest memory of a round", fast / 1e9, "GB/s"),
+        Figure("share in that round, too", 100 * share_of_fast, "%"),
     )
 
 
