@@ -2,12 +2,14 @@
 
 `F.linear` on one bfloat16 row is bound by its own instructions: one core here reads at a third of the memory's rate.
 As "multiply and sum along the row", Inductor makes the loop that one would write by hand: one row of the weight after
-another, 32 numbers at a time, threads over rows, the bias and what follows fused behind it. Two things decide the speed
-of that loop (reports/phase0.md has the figures):
+another, 32 numbers at a time, threads over rows, the bias and what follows fused behind it. Three things decide the
+speed of that loop (reports/phase0.md has the figures):
 
 * The input is computed once, into memory and in float32. Inductor would inline the normalisation before it into the
   loop, for every row again; and with bfloat16 inputs half of the loop's instructions convert the same numbers.
 * A sum of more than 4096 numbers gets compensated summation, at half the speed. Shorter pieces are summed on their own.
+* Four rows from four quarters of the weight in one pass: the input is loaded once for four products, and four streams
+  hide more of the memory's latency than one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 LONGEST_SUM = 4096
+STREAMS = 4
 
 
 def prepare() -> None:
@@ -33,7 +36,9 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns = weight.shape[1]
     pieces = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= LONGEST_SUM)
     wide = torch.ops._inductor_test.realize(x.float()).view(pieces, -1)
-    product = (weight.view(-1, pieces, columns // pieces).float() * wide).sum(-1).sum(-1)  # [out]
+    streams = STREAMS if weight.shape[0] % STREAMS == 0 else 1
+    parts = weight.view(streams, -1, pieces, columns // pieces).float()
+    product = torch.cat([(part * wide).sum(-1).sum(-1) for part in parts.unbind()])  # [out]
     if bias is not None:
         product = product + bias.float()
     return product.to(x.dtype).unsqueeze(0)
