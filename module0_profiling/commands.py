@@ -64,7 +64,7 @@ def peaks_table(peaks: Peaks) -> Table:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of module 0 to `titan`."""
-    from module0_profiling import kernel_commands, ncu_commands, trace_commands
+    from module0_profiling import kernel_commands, ncu_commands, predict_commands, trace_commands
     from module0_profiling.course import commands as course
 
     app.command()(doctor)
@@ -72,4 +72,5 @@ def register(app: typer.Typer) -> None:
     kernel_commands.register(app)
     ncu_commands.register(app)
     trace_commands.register(app)
+    predict_commands.register(app)
     course.register(app)

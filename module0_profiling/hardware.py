@@ -11,12 +11,13 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from module0_profiling import catalogue
 from module0_profiling.device import Device, DeviceError, describe_machine, detect
 from module0_profiling.results import write_atomically
 from module0_profiling.roofline import Roof
 
-__all__ = ["Device", "DeviceError", "Peaks", "best_known_peaks", "datasheet_peaks", "describe_machine", "detect"]
-__all__ += ["measured_peaks"]
+__all__ = ["Device", "DeviceError", "Peaks", "best_known_peaks", "catalogue_peaks", "datasheet_peaks"]
+__all__ += ["describe_machine", "detect", "measured_peaks"]
 
 
 @dataclass(frozen=True)
@@ -86,35 +87,18 @@ def best_known_peaks(device: Device) -> Peaks | None:
 
 
 def datasheet_peaks(name: str) -> Peaks | None:
-    """Datasheet peaks of a GPU by a word of its name ("h200", "NVIDIA H200"), or None when it is not listed.
+    """Datasheet peaks of a device by a word of its name ("h200", "NVIDIA H200"), or None when it is not listed.
 
-    Slower variants that share the word (PCIe, NVL, laptop, 40 GB) are not listed, rather than given the wrong peaks.
+    Slower variants that share the word (PCIe, NVL, laptop) are not listed, rather than given the wrong peaks; nor is a
+    part of which no document states a rate (see `catalogue.py`).
     """
-    words = set(name.lower().replace("-", " ").split())
-    if words & OTHER_VARIANTS:
-        return None
-    return next((peaks for key, peaks in DATASHEETS.items() if key in words), None)
+    entry = catalogue.match(name)
+    return catalogue_peaks(entry) if entry and entry.rates else None
 
 
-def _sheet(name: str, bandwidth: float, **tflops: float) -> Peaks:
-    matmul = {dtype: rate * 1e12 for dtype, rate in tflops.items()}
-    return Peaks(bandwidth, bandwidth, matmul, source="datasheet", fingerprint=name)
-
-
-OTHER_VARIANTS = {"pcie", "nvl", "laptop", "d", "40gb"}
-# Dense rates, no sparsity, tensor cores with float32 accumulation except the float32 rate (CUDA cores).
-DATASHEETS = {
-    # NVIDIA Ada GPU architecture whitepaper v2.1, table 2
-    "4090": _sheet("RTX 4090", 1008e9, bfloat16=165.2, float16=165.2, float32=82.6),
-    # NVIDIA A100 datasheet, 80 GB SXM column
-    "a100": _sheet("A100 SXM 80GB", 2039e9, bfloat16=312, float16=312, float32=19.5),
-    # NVIDIA H100 datasheet, SXM column, halved from "with sparsity"
-    "h100": _sheet("H100 SXM", 3350e9, bfloat16=989.5, float16=989.5, float32=67),
-    # NVIDIA H200 datasheet, SXM column, halved from "with sparsity"
-    "h200": _sheet("H200 SXM", 4800e9, bfloat16=989.5, float16=989.5, float32=67),
-    # NVIDIA HGX B200 specification, divided by its 8 GPUs, halved from "with sparsity"
-    "b200": _sheet("B200", 8000e9, bfloat16=2250, float16=2250, float32=75),
-}
+def catalogue_peaks(entry: catalogue.Entry) -> Peaks:
+    """The peaks of an entry of the catalogue; its copies are taken to be as fast as its reads."""
+    return Peaks(entry.bandwidth, entry.bandwidth, dict(entry.rates), source="datasheet", fingerprint=entry.name)
 
 
 def cache_path() -> Path:

@@ -15,7 +15,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from module0_profiling import plots, roofline
+from module0_profiling import attention_costs, costs, plots
 from module0_profiling.results import REPOSITORY
 from module0_profiling.roofline import Point, Roof, Work
 
@@ -49,9 +49,9 @@ H200 = Datasheet("H200", 4.8e12, {"float8": 1979e12, "bfloat16": 989.5e12}, sms=
 
 def operations() -> dict[str, Work]:
     """The operations of the lesson; attention has 64 query heads, 8 to a key-value head, of 128."""
-    works = {f"linear, {rows} row{'s' * (rows > 1)}": roofline.linear(rows, 4096, 4096) for rows in (1, 32, 256, 2048)}
-    works["attention decode, 4k"] = roofline.attention_decode(1, 4096, heads=64, kv_heads=8, head_dim=128)
-    works["attention prefill, 4k"] = roofline.attention_prefill(1, 4096, heads=64, kv_heads=8, head_dim=128)
+    works = {f"linear, {rows} row{'s' * (rows > 1)}": costs.linear(rows, 4096, 4096) for rows in (1, 32, 256, 2048)}
+    works["attention decode, 4k"] = attention_costs.attention_decode(1, 4096, heads=64, kv_heads=8, head_dim=128)
+    works["attention prefill, 4k"] = attention_costs.attention_prefill(1, 4096, heads=64, kv_heads=8, head_dim=128)
     return works
 
 

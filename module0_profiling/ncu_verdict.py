@@ -1,8 +1,9 @@
 """What bounds a kernel, from its hardware counters, with the evidence and what to try next.
 
 Busy means 60 % of a peak, the threshold that Nsight Compute's own Speed Of Light rule uses. A kernel that keeps
-neither the memory system nor the SMs busy waits: for the rest of the grid (too few waves), for its own launch, or for
-latency that too few warps hide. Whichever it is, a faster memory or more arithmetic would not help it.
+neither the memory system nor the SMs busy waits: for its own launch, for blocks that the grid does not have (less than
+one wave, or a last wave that is nearly empty), or for latency that too few warps hide. Whichever it is, a faster memory
+or more arithmetic would not help it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Verdict:
     """What bounds one launch.
 
     Attributes:
-        bound: "memory-bound", "compute-bound", "latency-bound", "launch-bound", "tail-bound" or "unknown".
+        bound: "memory-bound", "compute-bound", "latency-bound", "launch-bound", "grid-bound", "tail-bound" or
+            "unknown".
         evidence: sentences with the numbers that say so.
         to_try: what to change next, most promising first.
         lacked: metrics that were not taken and could have changed the verdict or sharpened it.
@@ -54,10 +56,10 @@ def judge(counters: KernelCounters) -> Verdict:
 def _bound(c: KernelCounters, memory: float, sm: float) -> str:
     if max(memory, sm) >= BUSY:
         return "memory-bound" if memory >= sm else "compute-bound"
-    if c.waves is not None and c.waves < 1:
-        return "launch-bound"
     if c.seconds is not None and c.seconds < SHORT:
         return "launch-bound"
+    if c.waves is not None and c.waves < 1:
+        return "grid-bound"
     if c.waves is not None and c.waves / math.ceil(c.waves) < LAST_WAVE:
         return "tail-bound"
     return "latency-bound"
@@ -117,10 +119,17 @@ def _launch(c: KernelCounters) -> Explanation:
     evidence = []
     if c.seconds is not None:
         evidence.append(f"it ran {c.seconds * 1e6:.1f} us; a launch costs about {SHORT * 1e6:.0f} us")
-    if c.waves is not None and c.waves < 1:
-        evidence.append(f"its grid of {c.waves:.2f} waves leaves {1 - c.waves:.0%} of the GPU without a block")
-        return evidence, ["split the work finer (split-K, split-KV), or run it beside another kernel"]
     return evidence, ["fuse it with its neighbours, or replay it in a CUDA graph"]
+
+
+def _grid(c: KernelCounters) -> Explanation:
+    """A wave counts the blocks that fit at once: below one, slots are empty, though each SM may have a block."""
+    waves = c.waves or 0.0
+    evidence = [f"its grid of {waves:.2f} waves leaves {1 - waves:.0%} of the block slots empty"]
+    return evidence, [
+        "split the work finer (split-K, split-KV), or run it beside another kernel",
+        "where each SM has its block already (a persistent kernel): more independent work a thread",
+    ]
 
 
 def _tail(c: KernelCounters) -> Explanation:
@@ -135,6 +144,7 @@ _EXPLAIN = {
     "compute-bound": _compute,
     "latency-bound": _latency,
     "launch-bound": _launch,
+    "grid-bound": _grid,
     "tail-bound": _tail,
 }
 

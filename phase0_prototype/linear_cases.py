@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from module0_profiling import roofline
+from module0_profiling import costs, roofline
 from module0_profiling.course.needs import absent
 from module0_profiling.hardware import detect, measured_peaks
 from module0_profiling.results import Figure
@@ -74,7 +74,7 @@ def on_the_roofline(device: str, rounds: int, console: Console) -> tuple[Figure,
     peaks = measured_peaks(detect(device), refresh=True)
     points = []
     for (rows, name), timing in found.items():
-        parts = [roofline.linear(rows, width, out) for out, width in SHAPES]
+        parts = [costs.linear(rows, width, out) for out, width in SHAPES]
         work = sum(parts, roofline.Work(0, 0)) * LAYERS
         points.append(roofline.Point.measured(f"{name}, {rows} rows", work, timing.median))
     return roofline.to_figures(points, peaks)

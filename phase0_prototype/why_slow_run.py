@@ -7,8 +7,9 @@ import time
 
 import torch
 
-from module0_profiling import roofline
+from module0_profiling import model_costs
 from module0_profiling.hardware import detect, measured_peaks
+from module0_profiling.model_shape import ModelShape
 from module0_profiling.why_slow import Evidence
 from phase0_prototype import workloads
 from phase0_prototype.config import ModelConfig
@@ -50,8 +51,8 @@ def collect(llm: LLM, *, batch: int = 1, prompt_length: int = 8, tokens: int = 6
     device = detect(str(engine.device))
     peaks = measured_peaks(device)
     model, dtype = engine.model, engine.model.kv_spec.dtype
-    work = roofline.total(roofline.decode_step(_dims(engine.config, dtype), 1, context))
     name = str(dtype).removeprefix("torch.")
+    work = model_costs.total(model_costs.decode_step(_shape(engine.config), 1, context, model_costs.Formats(name)))
     return Evidence(
         subject=f"{llm.config.model}, {name}, {batch} x {tokens} tokens after {prompt_length} on {device.name}",
         on_gpu=device.kind != "cpu",
@@ -122,8 +123,8 @@ def _check(max_model_len: int, batch: int, prompt_length: int, tokens: int) -> N
         )
 
 
-def _dims(config: ModelConfig, dtype: torch.dtype) -> roofline.Dims:
-    return roofline.Dims(
+def _shape(config: ModelConfig) -> ModelShape:
+    return ModelShape(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         layers=config.num_layers,
@@ -131,5 +132,4 @@ def _dims(config: ModelConfig, dtype: torch.dtype) -> roofline.Dims:
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocab=config.vocab_size,
-        dtype_bytes=dtype.itemsize,
     )

@@ -203,7 +203,8 @@ def counters(**values: float) -> KernelCounters:
         ({"dram": 20, "memory": 91, "sm": 40}, "memory-bound", "L1, shared memory or L2", "wider accesses"),
         ({"dram": 30, "sm": 85, "tensor": 1}, "compute-bound", "tensor cores are 1 % busy", "use the tensor cores"),
         ({"dram": 30, "sm": 85, "tensor": 84}, "compute-bound", "tensor cores are 84 % busy", "FP8"),
-        ({"dram": 30, "sm": 30, "waves": 0.25}, "launch-bound", "75% of the GPU without a block", "split-K"),
+        ({"dram": 30, "sm": 30, "waves": 0.25}, "grid-bound", "75% of the block slots empty", "split-K"),
+        ({"dram": 30, "sm": 40, "waves": 0.5, "us": 1000}, "grid-bound", "50% of the block slots", "persistent"),
         ({"dram": 2, "sm": 1, "us": 2.5, "waves": 4}, "launch-bound", "ran 2.5 us", "CUDA graph"),
         ({"dram": 50, "sm": 40, "waves": 1.1}, "tail-bound", "1.10 waves take as long as 2: 45%", "persistent"),
         (

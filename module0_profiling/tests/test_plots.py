@@ -10,9 +10,10 @@ import pytest
 from matplotlib.text import Text
 
 from module0_profiling import lesson_plots
+from module0_profiling.costs import linear
 from module0_profiling.label_places import Box, Label, place
 from module0_profiling.plots import COLOURS, roofline_drawing, roofline_plot
-from module0_profiling.roofline import Point, Roof, linear
+from module0_profiling.roofline import Point, Roof
 
 A100 = Roof(312e12, 2.0e12, "bfloat16")
 FP32 = Roof(19.5e12, 2.0e12, "float32")

@@ -35,7 +35,7 @@ from IPython.display import Image, display
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from module0_profiling import hardware, plots, roofline
+from module0_profiling import hardware, model_costs, model_shape, plots, roofline
 from module0_profiling.notebooks import table
 from module0_profiling.timing import interleave, ratio
 from phase0_prototype.llm import LLM
@@ -257,7 +257,7 @@ for name, measured in profiles.items():
 peaks = hardware.measured_peaks(machine)
 dtype = str(spec.dtype).removeprefix("torch.")
 roof = peaks.roof(dtype if dtype in peaks.matmul else next(iter(peaks.matmul)))
-dims = roofline.Dims(
+dims = model_shape.ModelShape(
     hidden=config.hidden_size,
     intermediate=config.intermediate_size,
     layers=config.num_layers,
@@ -265,22 +265,22 @@ dims = roofline.Dims(
     kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
     vocab=config.vocab_size,
-    dtype_bytes=spec.dtype.itemsize,
 )
+fmt = model_costs.Formats(dtype)
 CONTEXT = NEW - 4  # the middle of the last eight steps measured above
 eight = engine("solution", max_num_seqs=8)
 prompts_of_8 = random_prompts(config.vocab_size, [CONTEXT - 8] * 8)
 measured_steps = {
-    "framework, 1 sequence": (roofline.prefill_step(dims, 1, CONTEXT), steps["framework"].iloc[-8:].median()),
-    "solution, 1 sequence": (roofline.decode_step(dims, 1, CONTEXT), steps["solution"].iloc[-8:].median()),
+    "framework, 1 sequence": (model_costs.prefill_step(dims, 1, CONTEXT, fmt), steps["framework"].iloc[-8:].median()),
+    "solution, 1 sequence": (model_costs.decode_step(dims, 1, CONTEXT, fmt), steps["solution"].iloc[-8:].median()),
     "solution, 8 sequences": (
-        roofline.decode_step(dims, 8, CONTEXT),
+        model_costs.decode_step(dims, 8, CONTEXT, fmt),
         min(run_ours(eight, prompts_of_8, 16).per_step for _ in range(ROUNDS)),
     ),
 }
 rows, points = {}, []
 for name, (operations, seconds) in measured_steps.items():
-    work, floor = roofline.total(operations), roofline.step_seconds(operations, roof)
+    work, floor = model_costs.total(operations), model_costs.step_seconds(operations, roof)
     points.append(roofline.Point.measured(name, work, seconds))
     new_tokens = 8 if "8" in name else 1
     rows[name] = {
@@ -539,7 +539,7 @@ def why_not_compile() -> str:
     return "" if header.is_file() else f"{header} not found: install the headers of Python (Debian: python3-dev)"
 
 
-floor = roofline.step_seconds(roofline.decode_step(dims, 8, 8 + ANSWER // 2), roof)
+floor = model_costs.step_seconds(model_costs.decode_step(dims, 8, 8 + ANSWER // 2, fmt), roof)
 print(f"the roofline of a step at batch 8: {floor * 1e3:.2f} ms")
 if reason := why_not_compile():
     print(f"NOT MEASURED HERE: {reason}")
