@@ -70,8 +70,8 @@ def table(findings: list[Finding]) -> Table:
 
     drawn = Table(title="titan doctor", title_justify="left")
     drawn.add_column("what", no_wrap=True)
-    drawn.add_column("found")
-    drawn.add_column("if missing: why it matters, how to get it")
+    drawn.add_column("found", overflow="fold")
+    drawn.add_column("if missing: why it matters, how to get it", overflow="fold")
     for finding in findings:
         if finding.found is None:
             drawn.add_row(finding.name, Text("missing", style="yellow"), f"{finding.why}. {finding.get}")
@@ -98,6 +98,24 @@ def _torch() -> str | None:
     cuda = re.search(r"^cuda\b.*?=\s*'([\d.]+)'", text, re.MULTILINE)
     hip = re.search(r"^hip\b.*?=\s*'([\w.]+)'", text, re.MULTILINE)
     return f"{version} ({f'CUDA {cuda[1]}' if cuda else f'ROCm {hip[1]}' if hip else 'no CUDA'})"
+
+
+def _profiler() -> str | None:
+    """torch's own; GPU kernels are on its timeline where CUPTI is installed."""
+    if _package("torch") is None:
+        return None
+    cupti = next((found for name in CUPTI if (found := _package(name))), None)
+    return f"CPU operators, GPU kernels by CUPTI {cupti}" if cupti else "CPU operators"
+
+
+def _counters(params: Path = Path("/proc/driver/nvidia/params")) -> str | None:
+    """Whether this user may read a GPU's counters; None without NVIDIA's driver."""
+    if not params.exists():
+        return None
+    admin_only = re.search(r"RmProfilingAdminOnly:\s*1", params.read_text()) is not None
+    if admin_only and os.geteuid() != 0:
+        return "broken: the driver shows them to administrators only"
+    return "administrators only, as which this runs" if admin_only else "for every user"
 
 
 def _tool(name: str, *arguments: str) -> Callable[[], str | None]:
@@ -191,6 +209,7 @@ def _python() -> str:
     return f"{platform.python_version()}, {sys.executable}"
 
 
+CUPTI = ("nvidia-cuda-cupti", "nvidia-cuda-cupti-cu13", "nvidia-cuda-cupti-cu12")
 TOOLKIT = "Comes with the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"
 CHECKS = (
     Check("python", _python, "Runs everything", "Python 3.11 or later: https://python.org"),
@@ -206,6 +225,9 @@ CHECKS = (
     Check("ptxas", _tool("ptxas"), "Registers and spills of a kernel, with no GPU", gpu_tools.HOW_TO_GET["ptxas"]),
     Check("ncu", _tool("ncu"), "Counters of one kernel: bandwidth, occupancy, stalls", TOOLKIT),
     Check("nsys", _tool("nsys"), "Timeline of the whole engine; torch.profiler does much of it", TOOLKIT),
+    Check("GPU counters", _counters, "What ncu reads; without the right to, it ends with ERR_NVGPUCTRPERM",
+          "options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d, or run ncu as root"),
+    Check("torch.profiler", _profiler, "A timeline of operators and GPU kernels", "pip install torch"),
     Check("C++ compiler", _compiler, "torch.compile on the CPU, and the .cu files run without a GPU",
           "apt install g++, or xcode-select --install"),
     Check("cargo", _tool("cargo"), "Builds the Rust allocator of phase 1; the Python one works without",

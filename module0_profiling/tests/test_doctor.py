@@ -41,7 +41,25 @@ def test_every_promised_line_is_there_in_order():
     names = [check.name for check in doctor.CHECKS]
     assert names[:4] == ["python", "torch", "triton", "transformers"]
     promised = {"GPU", "nvcc", "NVRTC", "ptxas", "ncu", "nsys", "C++ compiler", "cargo", "CPU", "AVX-512"}
+    promised |= {"GPU counters", "torch.profiler"}
     assert promised | {"matrix units", "huge pages", "Hugging Face hub", "disk", "memory"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("params", "user", "found"),
+    [
+        ("RmProfilingAdminOnly: 1\n", 1000, "broken: the driver shows them to administrators only"),
+        ("RmProfilingAdminOnly: 1\n", 0, "administrators only, as which this runs"),
+        ("RmProfilingAdminOnly: 0\n", 1000, "for every user"),
+        (None, 0, None),
+    ],
+)
+def test_who_may_read_the_counters_of_a_gpu(params, user, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: user)
+    file = tmp_path / "params"
+    if params is not None:
+        file.write_text(f"EnableMSI: 1\n{params}")
+    assert doctor._counters(file) == found
 
 
 def test_the_version_that_a_program_prints_is_found(bare_machine):

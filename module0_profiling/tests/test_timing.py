@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
+from collections.abc import Callable
+from itertools import cycle
 
 import pytest
+import torch
 
-from module0_profiling.timing import Timing, clock_for, interleave, ratio
+from module0_profiling.timing import Timing, clock_for, cuda_clock, graph_clock, interleave, ratio, rotated
 
 
 def test_median_best_and_spread_of_known_rounds():
@@ -83,3 +87,61 @@ def test_cuda_clock_measures_the_kernel_and_not_the_flush():
     clock(lambda: a @ a)
     assert clock(lambda: None) < 1e-3
     assert clock(lambda: a @ a) < 0.1
+
+
+def test_it_goes_on_until_the_medians_are_known_well_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two known distributions: the wider one decides, and 16 times the rounds give a quarter of the error."""
+    draws = {"narrow": cycle([1.0, 1.01, 0.99, 1.0]), "wide": cycle([1.0, 1.2, 0.8, 1.0, 1.1, 0.9])}
+    fns = {name: (lambda name=name: name) for name in draws}
+
+    def clock(fn: Callable[[], object]) -> float:
+        return next(draws[str(fn())])
+
+    rough = interleave(fns, rounds=4, relative_error=0.08, clock=clock)
+    fine = interleave(fns, rounds=4, relative_error=0.02, clock=clock)
+    assert all(timing.relative_error <= 0.02 for timing in fine.values())
+    assert 4 < len(rough["wide"].seconds) == len(rough["narrow"].seconds)
+    assert 10 < len(fine["wide"].seconds) / len(rough["wide"].seconds) < 25
+
+
+def test_the_time_cap_ends_what_will_never_be_precise() -> None:
+    noise = random.Random(0)
+    began = time.perf_counter()
+    found = interleave({"noise": lambda: None}, relative_error=1e-9, seconds=0.1, clock=lambda fn: noise.random())
+    assert 0.1 <= time.perf_counter() - began < 2
+    assert len(found["noise"].seconds) > 5
+
+
+def test_without_a_relative_error_the_rounds_are_as_many_as_asked_for() -> None:
+    assert len(interleave({"noise": time.perf_counter}, rounds=7)["noise"].seconds) == 7
+
+
+def test_the_error_of_a_median_is_that_of_repeated_experiments() -> None:
+    """Oracle: draw many samples; about 95 % of their medians lie within the half interval that one sample gives."""
+    draw = random.Random(1)
+    samples = [Timing(tuple(draw.gauss(10, 1) for _ in range(64))) for _ in range(400)]
+    within = sum(abs(sample.median - 10) <= sample.relative_error * sample.median for sample in samples)
+    assert 0.88 < within / len(samples) <= 1
+
+
+@pytest.mark.parametrize("limits", [{"relative_error": 0.0}, {"relative_error": -1.0}, {"seconds": 0.0}])
+def test_a_limit_that_can_not_be_reached_is_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        interleave({"noise": time.perf_counter}, **limits)
+
+
+def test_rotated_inputs_come_in_turns() -> None:
+    seen: list[int] = []
+    fn = rotated(seen.append, [1, 2, 3])
+    for _ in range(7):
+        fn()
+    assert seen == [1, 2, 3, 1, 2, 3, 1]
+    with pytest.raises(ValueError, match="at least one"):
+        rotated(seen.append, [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_replayed_graph_costs_less_than_its_calls() -> None:
+    row = torch.ones(64, device="cuda")
+    called, replayed = (clock(lambda: row.add_(1)) for clock in (cuda_clock("cuda"), graph_clock("cuda", calls=100)))
+    assert 0 < replayed < called
