@@ -3,8 +3,8 @@
 A peak is the best that one ideal loop reaches. An engine multiplies one row by packed weights, small matrices as well
 as large ones, hands results from one operation to the next, and attends with short queries. Each of these is timed here
 alone, with plain torch and no engine, on sizes that no prediction depends on. (What Python and operator calls add is
-the engine's: `engine_overhead.py`.) Nothing is fitted: a prediction that is off says that something is
-missing from the model of the machine (`predict.py`), and `predict_check.py` of a phase says by how much.
+the engine's: `engine_overhead.py`.) Nothing is fitted: a prediction that is off says that something is missing from the
+model of the machine (`predict.py`), and the benchmark `predict` of phase 0 says by how much.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SMALL = ((320, 320), (1024, 1024))  # four of the larger ones in bfloat16 are 8 
 SECONDS = 0.2  # for each measurement
 BUSY = 0.75  # other processes for each core, above which what was measured on a CPU is not kept
 TOKENS, CONTEXTS, BATCH = (96, 512), (96, 1024), 8
-ELEMENTWISE, KINDS = ((96, 768), (768, 2048)), ("norm", "rope", "kv", "elementwise")  # (rows, width) of each kind
+ELEMENTWISE = ((96, 192), (96, 768), (768, 2048))  # rows, width
+KINDS = ("norm", "rope", "kv", "elementwise")
 HEADS, KV_HEADS, HEAD_DIM = 32, 4, 64
 
 

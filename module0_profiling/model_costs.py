@@ -169,7 +169,7 @@ def _attention(shape: ModelShape, batch: int, tokens: int, prefix: int, formats:
 
 
 def _mla_attention(shape: ModelShape, batch: int, tokens: int, prefix: int, formats: Formats) -> list[Operation]:
-    """Absorbed or expanded, whichever has fewer FLOPs: absorbed up to about 170 queries a cached position."""
+    """Absorbed or expanded, whichever has fewer FLOPs: DeepSeek-V3 absorbs up to 170 new tokens on a long prefix."""
     mla = shape.mla
     assert mla is not None
     rows, size, layers, heads = batch * tokens, formats.bytes, shape.layers, shape.heads

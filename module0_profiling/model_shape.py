@@ -97,6 +97,8 @@ def load_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_dir():
+            raise ModelError(f"{path} holds no config.json: give a model's directory or its config.json") from None
         names = ", ".join(PUBLISHED)
         raise ModelError(f"model {str(model)!r}: no such file, and not one of the bundled {names}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -110,13 +112,13 @@ def shape_of(raw: Mapping[str, Any], source: str) -> ModelShape:
     """The shape that a config's content describes; `source` names it in errors. Raises ModelError."""
     names = raw.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else names
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"{source}: architectures is {names!r}, supported are {known}")
     fields = _Fields(raw, source)
     heads, hidden, layers = (fields.integer(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     family = ARCHITECTURES[architecture]
-    default_dim = 128 if family in ("qwen3", "qwen3-moe") else hidden // heads
+    default_dim = 128 if family == "qwen3" else hidden // heads
     bias = bool(raw.get("attention_bias", False))
     shape = ModelShape(
         hidden=hidden,
@@ -136,6 +138,8 @@ def shape_of(raw: Mapping[str, Any], source: str) -> ModelShape:
     )
     if shape.heads % shape.kv_heads:
         raise ModelError(f"{source}: num_key_value_heads is {shape.kv_heads}, which does not divide {heads} heads")
+    if shape.moe and shape.moe.top_k > shape.moe.experts:
+        raise ModelError(f"{source}: num_experts_per_tok is {shape.moe.top_k}, of only {shape.moe.experts} experts")
     return shape
 
 
@@ -214,7 +218,10 @@ def _moe(fields: _Fields, family: str, architecture: str, layers: int) -> MoE | 
     if family == "qwen3-moe":
         if fields.integer("decoder_sparse_step", 1) != 1:
             raise ModelError(f"{fields.source}: decoder_sparse_step is not 1, which is not supported")
-        dense = len(fields.raw.get("mlp_only_layers") or ())
+        only = fields.raw.get("mlp_only_layers") or []
+        if not isinstance(only, list):
+            raise ModelError(f"{fields.source}: mlp_only_layers is {only!r}, expected a list of layers")
+        dense = sum(layer in only for layer in range(layers))
         experts = fields.integer("num_experts")
     elif family == "deepseek":
         if fields.raw.get("n_routed_experts") is None:
@@ -232,14 +239,15 @@ def _moe(fields: _Fields, family: str, architecture: str, layers: int) -> MoE | 
 
 
 def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
-    """Layer by layer where `layer_types` says it; Mistral: all; Qwen: from `max_window_layers` on, where in use."""
+    """As transformers: Mistral and MoE: all layers; Qwen2, Qwen3: `layer_types`, or from `max_window_layers` on."""
     raw = fields.raw
-    if family in ("mistral", "mixtral"):
-        default = 4096 if family == "mistral" and "sliding_window" not in raw else raw.get("sliding_window")
-        return (default,) * layers if default else ()
-    if not family.startswith("qwen") or not raw.get("use_sliding_window", False):
+    in_use = raw.get("use_sliding_window", False) if family.startswith("qwen") else family in ("mistral", "mixtral")
+    default = None if family == "mixtral" else 4096
+    if not in_use or raw.get("sliding_window", default) is None:
         return ()
-    window = fields.integer("sliding_window", 4096)
+    window = fields.integer("sliding_window", default)
+    if family not in ("qwen2", "qwen3"):
+        return (window,) * layers
     types = raw.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
         return tuple(window if kind == "sliding_attention" else None for kind in types)

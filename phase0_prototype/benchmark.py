@@ -8,6 +8,8 @@
     linear     linear layers of that shape: F.linear and packed weights, by rows
     roofline   the same under this machine's ceilings
     profile    where a decode step's time goes, framework and solution
+    predict    steps of both models beside what `titan predict` says of them
+    why_slow   verdicts of `titan why-slow` on the framework, titan-tiny and the 1.1B shape
     static     registers, spills, shared memory and occupancy of the CUDA trilogy (needs NVRTC or nvcc, no GPU)
     kernels    times of the CUDA trilogy beside torch (needs a GPU)
     check_kernels, check_engine
@@ -38,7 +40,7 @@ from module0_profiling import rooms
 from module0_profiling.bench_gpu import CheckFailed, GpuCase, dry_run
 from module0_profiling.hardware import detect, measured_peaks
 from module0_profiling.results import Figure, record
-from phase0_prototype import kernel_cases, linear_cases, workloads
+from phase0_prototype import kernel_cases, linear_cases, predict_check, why_slow_cases, workloads
 from phase0_prototype.bandwidth import decode_shares
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.llm import LLM
@@ -207,6 +209,21 @@ def one_sequence(options: Options) -> tuple[Figure, ...]:
     )
 
 
+def predicted(options: Options) -> tuple[Figure, ...]:
+    """Steps of both models beside what `titan predict` says of them."""
+    with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
+        models = {TINY: TINY} if options.dry else {TINY: TINY, SHAPE: str(directory)}
+        return tuple(
+            predict_check.figures(predict_check.check(models, options.rounds, options.console, options.device))
+        )
+
+
+def why_slow(options: Options) -> tuple[Figure, ...]:
+    """The verdicts of `titan why-slow` and the floors behind them."""
+    with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
+        return why_slow_cases.three(directory, options.device, options.size(64, 4), options.console)
+
+
 def _fast(options: Options) -> str:
     if options.dry:
         return "eager"  # there is no graph to capture, and compiling takes longer than all of a dry run
@@ -234,6 +251,8 @@ CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
     ),
     "roofline": lambda options: linear_cases.on_the_roofline(options.device, options.rounds, options.console),
     "profile": profile,
+    "predict": predicted,
+    "why_slow": why_slow,
     "static": lambda options: kernel_cases.static(),
     "kernels": lambda options: kernel_cases.timed(dry=options.dry),
     "check_kernels": lambda options: _checks().kernels(options.device, dry=options.dry),
@@ -249,6 +268,8 @@ GPU_CASES = (
     GpuCase("compile", value=8, seconds=60, check="check_engine"),
     GpuCase("kv_cache", value=7, seconds=60, check="check_engine"),
     GpuCase("profile", value=6, seconds=40),
+    GpuCase("predict", value=6, seconds=120, check="check_engine"),
+    GpuCase("why_slow", value=4, seconds=40, check="check_engine"),
     GpuCase("batching", value=5, seconds=60, check="check_engine"),
     GpuCase("linear", value=3, seconds=30),
 )

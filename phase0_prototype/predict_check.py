@@ -1,22 +1,19 @@
 """Does `titan predict` tell the truth? Steps of this engine, predicted and measured.
 
-    python -m phase0_prototype.predict_check
+    python -m phase0_prototype.benchmark predict
 
 In one run: calibrate the machine (plain torch, no engine) and the engine's overhead (on models of width 64), predict,
-then run the engine eagerly. Every round calibrates anew, because a virtual machine's memory rate moves within minutes.
+then run the engine, on a CPU eagerly. Every round calibrates anew, because a virtual machine's memory rate moves within
+minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from module0_profiling import predict
 from module0_profiling.calibration import Calibration, calibrate
@@ -26,15 +23,13 @@ from module0_profiling.hardware import measured_peaks
 from module0_profiling.model_costs import Formats, weight_bytes
 from module0_profiling.model_shape import ModelShape, load_shape
 from module0_profiling.peak_measure import read_bandwidth_now
-from module0_profiling.results import REPOSITORY, Figure, record
+from module0_profiling.results import Figure
 from phase0_prototype import overhead, workloads
 from phase0_prototype.bandwidth import CHANGED
-from phase0_prototype.errors import UserError
 from phase0_prototype.llm import LLM
 
 DTYPE, PROMPT, REPEATS = "bfloat16", 128, 3
-NEW_TOKENS = {"titan-tiny": 65, "tinyllama-1.1b": 9}
-COMMAND = "python -m phase0_prototype.predict_check"
+NEW_TOKENS = {workloads.TINY: 65, workloads.SHAPE: 9}
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,13 @@ class Subject:
         return Case(self.name, 1, prefill=True), Case(self.name, 1), Case(self.name, 8)
 
 
-def check(models: dict[str, str], rounds: int, console: Console) -> list[Checked]:
-    """Compare for models by name -> place of the checkpoint."""
-    device = detect("cpu")
+def check(models: dict[str, str], rounds: int, console: Console, place: str = "cpu") -> list[Checked]:
+    """Compare for models by name -> place of the checkpoint, on a device."""
+    device = detect(place)
     ridge = measured_peaks(device).roof(DTYPE).ridge
     subjects = [
-        Subject(name, LLM(place, device="cpu", dtype=DTYPE, runner="eager", max_num_seqs=8), load_shape(name))
-        for name, place in models.items()
+        Subject(name, LLM(path, device=device.torch_name, dtype=DTYPE, max_num_seqs=8), load_shape(name))
+        for name, path in models.items()
     ]
     found: dict[Case, list[tuple[predict.Prediction, float, float]]] = {c: [] for s in subjects for c in s.cases}
     for round_ in range(rounds):
@@ -135,7 +130,7 @@ def predicted(
     shape: ModelShape, case: Case, rates: Calibration, engine: Overhead, device: Device, ridge: float
 ) -> predict.Prediction:
     """The same step on paper; a decode at the middle of the generated tokens."""
-    cached = weight_bytes(shape, Formats()) < 0.75 * device.cache_bytes
+    cached = device.kind == "cpu" and weight_bytes(shape, Formats()) < 0.75 * device.cache_bytes
     machine = predict.Measured(rates, ridge, cached)
     context = PROMPT if case.prefill else PROMPT + NEW_TOKENS[case.model] // 2
     return predict.predict(
@@ -145,24 +140,8 @@ def predicted(
         context,
         tokens=PROMPT if case.prefill else 1,
         engine=engine,
+        overlap=device.kind != "cpu",
     )
-
-
-def table(found: Sequence[Checked]) -> Table:
-    """One row a case: medians, the error's range over the rounds."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("step", "predicted ms", "measured ms", "error", "range", "bound by"):
-        drawn.add_column(column, justify="left" if column in ("step", "bound by") else "right", no_wrap=True)
-    for each in found:
-        drawn.add_row(
-            each.case.label,
-            f"{statistics.median(p.seconds for p in each.predictions) * 1e3:.2f}",
-            f"{statistics.median(each.measured) * 1e3:.2f}",
-            f"{100 * each.error:+.0f} %",
-            f"{100 * min(each.errors):+.0f} to {100 * max(each.errors):+.0f} %",
-            each.predictions[0].bound_by,
-        )
-    return drawn
 
 
 def figures(found: Sequence[Checked]) -> list[Figure]:
@@ -180,29 +159,3 @@ def figures(found: Sequence[Checked]) -> list[Figure]:
     rows.append(Figure("memory/slowest round", min(memory) / 1e9, "GB/s"))
     rows.append(Figure("memory/fastest round", max(memory) / 1e9, "GB/s"))
     return rows
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare, print and record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (3)")
-    parser.add_argument("--tinyllama", type=Path, default=REPOSITORY / "build" / workloads.SHAPE)
-    parser.add_argument("--dry-run", action="store_true", help="do not record")
-    options = parser.parse_args(arguments)
-    console = Console()
-    models = {workloads.TINY: workloads.TINY}
-    if (options.tinyllama / "config.json").is_file():
-        models[workloads.SHAPE] = str(options.tinyllama)
-    else:
-        console.print(f"{options.tinyllama} has no checkpoint: only {workloads.TINY} is checked")
-    try:
-        found = check(models, options.rounds, console)
-    except UserError as error:
-        parser.error(str(error))
-    console.print(table(found))
-    if not options.dry_run:
-        console.print(f"recorded in {record('module0', 'predict', figures(found), command=COMMAND, device='cpu')}")
-
-
-if __name__ == "__main__":
-    main()
