@@ -216,14 +216,15 @@ def _absorbed(
 def _expanded(
     shape: ModelShape, mla: MLA, batch: int, tokens: int, prefix: int, formats: Formats
 ) -> list[Operation]:  # fmt: skip
-    positions = batch * (prefix + tokens)
+    seen = prefix + tokens
+    positions = batch * seen
     expand = costs.linear(positions, mla.latent, shape.heads * (mla.nope + mla.value), formats.bytes)
     work = attention_costs.mla_expanded(
         batch, tokens, shape.heads, mla.nope, mla.rope, mla.value, formats.bytes, prefix=prefix
     )
     return [
         Operation("kv_b", "linear", expand, shape.layers, positions, formats.dtype),
-        Operation("attention, expanded", "attention", work, shape.layers, tokens, formats.dtype),
+        Operation("attention, expanded", "attention", work, shape.layers, tokens, formats.dtype, positions=seen),
     ]
 
 

@@ -122,6 +122,33 @@ def rotated(fn: Callable[[Input], object], inputs: Sequence[Input]) -> Callable[
     return lambda: fn(next(turn))
 
 
+class Crowd:
+    """Whether other processes took this one's cores since it was made: a load average needs a minute to notice.
+
+    Counts involuntary context switches of all threads. A process that is alone on its cores has tens a second; with two
+    threads that wait for each other and one competitor, hundreds. Systems that do not count them are never crowded.
+    """
+
+    SWITCHES = 100  # a second
+
+    def __init__(self) -> None:
+        self._began, self._switches = time.perf_counter(), self._count()
+
+    @property
+    def crowded(self) -> bool:
+        """Until now."""
+        seconds = max(time.perf_counter() - self._began, 1e-3)
+        return (self._count() - self._switches) / seconds > self.SWITCHES
+
+    @staticmethod
+    def _count() -> int:
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def ratio(slow: Timing, fast: Timing) -> float:
     """How many times longer `slow` takes than `fast`: the median of the ratios of each round.
 

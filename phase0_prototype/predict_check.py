@@ -24,6 +24,7 @@ from module0_profiling.model_costs import Formats, weight_bytes
 from module0_profiling.model_shape import ModelShape, load_shape
 from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.results import Figure
+from module0_profiling.timing import Crowd
 from phase0_prototype import overhead, workloads
 from phase0_prototype.bandwidth import CHANGED
 from phase0_prototype.llm import LLM
@@ -102,12 +103,12 @@ def check(models: dict[str, str], rounds: int, console: Console, place: str = "c
 def steady_turn(
     subject: Subject, device: Device, ridge: float, tries: int = 4
 ) -> dict[Case, tuple[predict.Prediction, float, float]]:
-    """Calibrate, then measure every case: again where the memory's rate changed meanwhile, for then both are of no use.
+    """Calibrate, then measure every case: again where the memory's rate changed or other processes ran meanwhile.
 
     Returns prediction, measured seconds and the memory's bytes/s by case.
     """
     while True:
-        before = read_bandwidth_now(device)
+        crowd, before = Crowd(), read_bandwidth_now(device)
         rates = calibrate(device, DTYPE)
         added = overhead.measure(device, rates)
         rows = {}
@@ -115,7 +116,8 @@ def steady_turn(
             on_paper = predicted(subject.shape, case, rates, added, device, ridge)
             rows[case] = on_paper, measure(subject.engine, case, NEW_TOKENS[case.model]), before
         after, tries = read_bandwidth_now(device), tries - 1
-        if not tries or max(before, after) < CHANGED * min(before, after):
+        steady = max(before, after) < CHANGED * min(before, after) and not crowd.crowded
+        if steady or not tries:
             return rows
 
 

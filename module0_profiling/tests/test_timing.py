@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import cycle
@@ -11,7 +14,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from module0_profiling.timing import Timing, clock_for, cuda_clock, graph_clock, interleave, ratio, rotated
+from module0_profiling.timing import Crowd, Timing, clock_for, cuda_clock, graph_clock, interleave, ratio, rotated
 
 
 def test_median_best_and_spread_of_known_rounds():
@@ -145,3 +148,22 @@ def test_a_replayed_graph_costs_less_than_its_calls() -> None:
     row = torch.ones(64, device="cuda")
     called, replayed = (clock(lambda: row.add_(1)) for clock in (cuda_clock("cuda"), graph_clock("cuda", calls=100)))
     assert 0 < replayed < called
+
+
+def test_a_crowd_is_noticed_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many spinning processes as there are cores take turns with this one; one alone on its cores is not crowded."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        time.sleep(0.3)
+        crowd, ends = Crowd(), time.perf_counter() + 1.5
+        while time.perf_counter() < ends:
+            pass
+        monkeypatch.setattr(Crowd, "SWITCHES", 5)  # a single thread is switched out less often than a pair that waits
+        assert crowd.crowded
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    monkeypatch.setattr(Crowd, "_count", staticmethod(lambda: 7))
+    assert not Crowd().crowded
