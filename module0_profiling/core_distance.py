@@ -115,7 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=60, help="two to three seconds each (60)")
     options = parser.parse_args()
-    console, device, samples = Console(), detect("cpu"), []
+    console, device = Console(), detect("cpu")
+    samples: list[Sample] = []
     crowded = 0
     while len(samples) < max(1, options.samples) and crowded < 3 * options.samples:
         crowd, last = Crowd(), sample(device)
