@@ -81,6 +81,8 @@ def predict(
     where = target.name + (f" x {tp}" if tp > 1 else "")
     title = f"{shape.name}, {what}, {_formats(formats)}, {where}: {target.machine.source}"
     console.print(steps_table(steps, title, target.memory))
+    if target.crowded:
+        console.print("Other processes used the cores while this machine was measured: ask again when it is quiet.")
     console.print(f"Weights: {_number(steps[0].weights / 1e9)} GB a device.", highlight=False)
     if tp > 1:
         console.print("Between devices only bytes are counted, not the latency of each all-reduce.", highlight=False)
@@ -102,6 +104,7 @@ class Target:
     memory: float | None
     engine: Overhead
     overlap: bool = False
+    crowded: bool = False  # other processes used the cores while this machine was measured
 
 
 def resolve(
@@ -124,9 +127,11 @@ def resolve(
     from module0_profiling.engine_overhead import Overhead, measured_overhead
     from module0_profiling.model_costs import weight_bytes
     from module0_profiling.predict import Measured, Roofs
+    from module0_profiling.timing import Crowd
 
     if device == "here" or device.partition(":")[0] in ("cpu", "cuda", "mps"):
         found = hardware.detect(None if device == "here" else device)
+        crowd = Crowd()
         calibration = calibrated(found, formats.dtype, refresh=refresh)
         peaks = hardware.measured_peaks(found)
         machine = Measured(
@@ -137,7 +142,8 @@ def resolve(
             link=link * 1e9 or None,
         )
         engine, _ = measured_overhead(found, calibration, refresh=refresh)
-        return Target(found.name, machine, found.memory_bytes or None, engine, overlap=found.kind != "cpu")
+        on_gpu, memory = found.kind != "cpu", found.memory_bytes or None
+        return Target(found.name, machine, memory, engine, overlap=on_gpu, crowded=not on_gpu and crowd.crowded)
     entry = catalogue.find(device)
     peaks = hardware.catalogue_peaks(entry)
     if tflops:

@@ -74,11 +74,18 @@ def _table(title: str, rows: DataFrame) -> Table:
     from rich.text import Text
 
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    cells = [
+        [_cell(column, value) for column, value in zip(rows.columns, row, strict=True)]
+        for row in rows.itertuples(index=False)
+    ]
     for i, column in enumerate(rows.columns):
-        left = i == 0 and column != "start"
-        drawn.add_column(column, justify="left" if left or column == "doing" else "right", no_wrap=True)
-    for row in rows.itertuples(index=False):
-        drawn.add_row(*(Text(_cell(column, value)) for column, value in zip(rows.columns, row, strict=True)))
+        if (i == 0 and column != "start") or column == "doing":
+            drawn.add_column(column, overflow="fold")
+        else:  # a figure is shown whole, whatever the width of the terminal
+            widest = max((len(line[i]) for line in cells), default=0)
+            drawn.add_column(column, justify="right", no_wrap=True, min_width=max(widest, len(column)))
+    for line in cells:
+        drawn.add_row(*map(Text, line))
     return drawn
 
 
