@@ -80,7 +80,8 @@ def predict(
     what = f"reading prompts of {prefill} tokens" if prefill else "decoding"
     where = target.name + (f" x {tp}" if tp > 1 else "")
     title = f"{shape.name}, {what}, {_formats(formats)}, {where}: {target.machine.source}"
-    console.print(steps_table(steps, title, target.memory))
+    console.print(title, highlight=False, markup=False)
+    console.print(steps_table(steps, target.memory))
     if target.crowded:
         console.print("Other processes used the cores while this machine was measured: ask again when it is quiet.")
     console.print(f"Weights: {_number(steps[0].weights / 1e9)} GB a device.", highlight=False)
@@ -152,9 +153,9 @@ def resolve(
     return Target(entry.name, roofs, entry.memory, Overhead(), overlap=entry.kind != "cpu")
 
 
-def steps_table(steps: list[Prediction], title: str, memory: float | None) -> Table:
+def steps_table(steps: list[Prediction], memory: float | None) -> Table:
     """Predictions as a rich table, one row each."""
-    drawn = _table(title, ("batch", "context", "ms/step", "ms/token", "tokens/s", "KV GB", "fits", "bound by"))
+    drawn = _table("", ("batch", "context", "ms/step", "ms/token", "tokens/s", "KV GB", "fits", "bound by"))
     for step in steps:
         fits = {True: "yes", False: "no", None: "?"}[step.fits(memory)]
         drawn.add_row(
@@ -208,7 +209,7 @@ def _table(title: str, columns: tuple[str, ...], left: tuple[str, ...] = ("opera
     from rich import box
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         drawn.add_column(column, justify="left" if column in left or column == "bound by" else "right")
     return drawn
