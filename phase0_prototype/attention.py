@@ -104,7 +104,7 @@ class TorchAttention:
         if decodes:
             longest = max(batch.kv_lens[:decodes])
             kv_len = min(-(-longest // self.round_up) * self.round_up, block_size)
-            masks = {w: _decode_mask(batch.seq_lens[:decodes], kv_len, w) for w in windows}
+            masks = {w: decode_mask(batch.seq_lens[:decodes], kv_len, w) for w in windows}
         sequences: list[Sequence] = []
         causal: dict[tuple[int, int | None], Tensor] = {}
         start = decodes
@@ -113,7 +113,7 @@ class TorchAttention:
             start = seq.end
             for w in windows:
                 if seq.kv_len > seq.end - seq.start or (w is not None and seq.kv_len > w):
-                    causal[len(sequences), w] = _causal_mask(seq, w, batch.token_ids.device)
+                    causal[len(sequences), w] = causal_mask(seq.end - seq.start, seq.kv_len, w, batch.token_ids.device)
             sequences.append(seq)
         slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
         return AttentionPlan(slots, decodes, rows[0] if rows else 0, kv_len, masks, tuple(sequences), causal)
@@ -186,7 +186,7 @@ def _decode(spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, plan: 
     return out.reshape(n, -1)
 
 
-def _decode_mask(seq_lens: Tensor, kv_len: int, window: int | None) -> Tensor:
+def decode_mask(seq_lens: Tensor, kv_len: int, window: int | None) -> Tensor:
     """[B, 1, 1, kv_len] bool: positions below the sequence's length and within the window of its last token."""
     position = torch.arange(kv_len, device=seq_lens.device)
     length = seq_lens.unsqueeze(1)
@@ -196,10 +196,10 @@ def _decode_mask(seq_lens: Tensor, kv_len: int, window: int | None) -> Tensor:
     return mask[:, None, None]
 
 
-def _causal_mask(seq: Sequence, window: int | None, device: torch.device) -> Tensor:
-    """[q, kv] bool for queries that are the last tokens of the sequence."""
-    query = torch.arange(seq.kv_len - (seq.end - seq.start), seq.kv_len, device=device).unsqueeze(1)
-    key = torch.arange(seq.kv_len, device=device)
+def causal_mask(queries: int, kv_len: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, kv_len] bool for queries that are the last tokens of a sequence."""
+    query = torch.arange(kv_len - queries, kv_len, device=device).unsqueeze(1)
+    key = torch.arange(kv_len, device=device)
     mask = key <= query
     if window is not None:
         mask &= key > query - window

@@ -16,11 +16,16 @@ from phase0_prototype.request import Request
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """`num_tokens` of the request's uncomputed tokens go into this step, starting at `start`."""
+    """`num_tokens` of the request's uncomputed tokens go into this step, starting at `start`.
+
+    `forks` are sequences with the same tokens that begin here: they are computed once, and each samples from the logits
+    of the last. (Phase 0 computes every sequence on its own and has none.)
+    """
 
     request: Request
     start: int
     num_tokens: int
+    forks: tuple[Request, ...] = ()
 
     @property
     def end(self) -> int:
@@ -35,14 +40,20 @@ class ScheduledRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """The scheduler's decision for one forward pass."""
+    """The scheduler's decision for one forward pass; `rejected` ended without one, for want of memory."""
 
     scheduled: tuple[ScheduledRequest, ...]
+    rejected: tuple[Request, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the forward pass processes."""
         return sum(s.num_tokens for s in self.scheduled)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Every sequence that the step is for: each scheduled request, followed by its forks."""
+        return tuple(request for s in self.scheduled for request in (s.request, *s.forks))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ Request -> Scheduler.next_step() -> Step -> Runner.forward(Batch) -> sample -> S
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +15,11 @@ from module0_profiling.course.parts import Use, resolve
 from module0_profiling.ranges import span
 from phase0_prototype.answers import Answer
 from phase0_prototype.attention import TorchAttention
-from phase0_prototype.batch import Batch
-from phase0_prototype.config import ModelConfig, load_config
-from phase0_prototype.engine_config import (
-    EngineConfig,
-    resolve_device,
-    resolve_dtype,
-    resolve_lengths,
-    resolve_runner,
-)
+from phase0_prototype.batch import Batch, Step
+from phase0_prototype.config import ModelConfig
+from phase0_prototype.engine_config import EngineConfig, resolve_lengths
 from phase0_prototype.errors import UserError
-from phase0_prototype.hub import resolve_model
-from phase0_prototype.layers import Layers
-from phase0_prototype.linear import best_format
+from phase0_prototype.loading import describe
 from phase0_prototype.logprobs import TokenLogprobs, logprobs_of
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
@@ -37,7 +28,6 @@ from phase0_prototype.sampler import sample
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.sampling_rows import SamplingRows
 from phase0_prototype.tokenizer import Tokenizer, load_tokenizer
-from phase0_prototype.weights import load_weights
 
 ROOM = __name__.rpartition(".")[0]
 
@@ -98,6 +88,7 @@ class Engine:
                 () if params.ignore_eos else self.config.eos_token_ids,
                 min(params.max_tokens or room, room),
                 index=i,
+                group=request_id,
             )
             for i in range(params.n)
         ]
@@ -122,15 +113,15 @@ class Engine:
         with span("forward"):
             logits = self.runner.forward(batch)  # [R, V] float32
         with span("sample"):
-            logits = self._take_prompt_logprobs(step, logits)  # [sampling sequences, V]
-            sampling = [s.request for s in step.scheduled if s.samples]
+            logits = self._sampling_rows(step, self._take_prompt_logprobs(step, logits))  # [sampling sequences, V]
+            sampling = [request for s in step.scheduled if s.samples for request in (s.request, *s.forks)]
             sampled = sample(logits, SamplingRows.build(sampling, logits.shape[1], self.device))
             chosen = dict(zip((r.request_id for r in sampling), sampled.tolist(), strict=True))
         now = time.perf_counter()
         with span("finish"):
-            self.scheduler.finish(step, [[chosen[s.request.request_id]] if s.samples else [] for s in step.scheduled])
+            self.scheduler.finish(step, [[chosen[i]] if (i := r.request_id) in chosen else [] for r in step.requests])
         with span("detokenise"):
-            return self._answer(sampling, sampled.logprobs, now)
+            return self._answer(sampling, step.rejected, sampled.logprobs, now)
 
     def abort(self, request_id: str) -> None:
         """Stop a prompt's sequences and free what they hold; unknown or finished ids are ignored."""
@@ -145,7 +136,9 @@ class Engine:
         for request_id in list(self._answers):
             self.abort(request_id)
 
-    def _answer(self, sampling: list[Request], logprobs: TokenLogprobs | None, now: float) -> list[RequestOutput]:
+    def _answer(
+        self, sampling: list[Request], rejected: Sequence[Request], logprobs: TokenLogprobs | None, now: float
+    ) -> list[RequestOutput]:
         """Turn each sequence's new token into text; returns the outputs of their prompts."""
         touched: dict[str, Answer] = {}
         for row, request in enumerate(sampling):
@@ -156,6 +149,9 @@ class Engine:
             if request.finish_reason is not None:
                 answer.finish(request, now)
             touched[answer.request_id] = answer
+        for request in rejected:
+            answer = touched[request.group] = self._of_request[request.request_id]
+            answer.finish(request, now)
         outputs = [answer.output() for answer in touched.values()]
         for output in outputs:
             if output.finished:
@@ -180,7 +176,14 @@ class Engine:
             raise UserError(f"token id {unknown!r} is not an integer of the vocabulary 0..{self.config.vocab_size - 1}")
         return ids
 
-    def _take_prompt_logprobs(self, step: Any, logits: torch.Tensor) -> torch.Tensor:
+    def _sampling_rows(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
+        """One row for each sequence that samples: forks share the row of the request that computed it."""
+        copies = [1 + len(s.forks) for s in step.scheduled if s.samples]
+        if len(copies) == sum(copies):
+            return logits
+        return logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0)
+
+    def _take_prompt_logprobs(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
         """Hand prompt log-probabilities to their answers; returns the rows that tokens are sampled from."""
         if all(s.request.params.prompt_logprobs is None for s in step.scheduled):
             return logits
@@ -216,40 +219,19 @@ def build(
         UserError: anything about model, device or sizes that the user can put right.
     """
     use = use or Use()
-    directory: Path = resolve_model(config.model)
-    model_config = load_config(directory)
-    if model_config.quantization is not None:
-        method = model_config.quantization.get("quant_method", "unknown")
-        raise UserError(f"{directory} is quantised ({method}): phase 5 loads such checkpoints, give an unquantised one")
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, model_config.dtype)
     parts = {name: resolve(ROOM, name, use) for name in ("model", "kv_cache", "scheduler", "runner")}
-    limit = config.max_model_len or model_config.max_position_embeddings
-    runner_name = resolve_runner(config.runner, device)
-    number_format = best_format(device, dtype, compiled_row=runner_name == "compile" and config.max_num_seqs == 1)
-    positions = min(limit, model_config.max_position_embeddings)
-    layers = Layers(model_config, dtype, device, TorchAttention(), positions, number_format)
-    model = parts["model"].DecoderModel(model_config, layers)
-    max_model_len, max_num_seqs = resolve_lengths(config, model_config, model.kv_spec, model.weight_bytes, device)
-    total = model.weight_bytes
-    done = 0
-
-    def loaded(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        advance(done, total)
-
-    load_weights(directory, model.destinations(), ignore=model.ignores, advance=loaded)
+    described = describe(config, parts["model"].DecoderModel, TorchAttention())
+    model, device = described.model, described.device
+    max_model_len, max_num_seqs = resolve_lengths(config, described.config, model.kv_spec, model.weight_bytes, device)
+    described.load(advance)
     kv = parts["kv_cache"].KVCache(model.kv_spec, max_num_seqs, max_model_len, device)
-    runner = parts["runner"].RUNNERS[runner_name](model, kv)
-    scheduler = parts["scheduler"].Scheduler(kv, config.max_num_batched_tokens)
     return Engine(
         model,
         kv,
-        scheduler,
-        runner,
-        config=model_config,
-        tokenizer=load_tokenizer(directory),
+        parts["scheduler"].Scheduler(kv, config.max_num_batched_tokens),
+        parts["runner"].RUNNERS[described.runner](model, kv),
+        config=described.config,
+        tokenizer=load_tokenizer(described.directory),
         max_model_len=max_model_len,
         device=device,
         seed=config.seed,

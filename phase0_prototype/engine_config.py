@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import psutil
 import torch
@@ -41,6 +44,21 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     runner: str = "auto"
     seed: int = 0
+
+    @classmethod
+    def of(cls, model: str, settings: Mapping[str, Any]) -> Self:
+        """The config with these settings.
+
+        Raises:
+            UserError: a name that is not a setting, with the nearest that is.
+        """
+        known = [f.name for f in fields(cls) if f.name != "model"]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+                raise UserError(f"{name!r} is not a setting of the engine: {hint}")
+        return cls(model, **dict(settings))
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,33 +27,32 @@ class LLM:
 
     Args:
         model: directory, shipped name or hub id.
-        dtype, device, max_model_len, max_num_seqs, max_num_batched_tokens, runner, seed: see `EngineConfig`.
         use: which implementation of the course's parts, as in "phase0=mine".
-        assemble: builds the engine; later phases pass their own.
+        assemble: builds the engine; by default that of this phase.
+        settings: fields of the phase's `config_type`, as in `dtype="float32", max_num_seqs=8`. An unknown one is an
+            error that names it.
 
     Raises:
         UserError: one line with what is wrong and the remedy.
     """
 
+    config_type: ClassVar[type[EngineConfig]] = EngineConfig  # later phases have more settings
+
     def __init__(
         self,
         model: str = "titan-tiny",
         *,
-        dtype: str = "auto",
-        device: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        max_num_batched_tokens: int = 8192,
-        runner: str = "auto",
-        seed: int = 0,
         use: str | Use = "",
-        assemble: Callable[[EngineConfig, Use], Engine] = build,
+        assemble: Callable[[Any, Use], Engine] | None = None,
+        **settings: Any,
     ) -> None:
-        self.config = EngineConfig(
-            str(model), dtype, device, max_model_len, max_num_seqs, max_num_batched_tokens, runner, seed
-        )
-        self.engine = assemble(self.config, Use.parse(use) if isinstance(use, str) else use)
+        self.config = self.config_type.of(str(model), settings)
+        self.engine = (assemble or self._build)(self.config, Use.parse(use) if isinstance(use, str) else use)
         self._streams: dict[str, RequestOutput | None] = {}  # open streams: their newest output that they have not seen
+
+    def _build(self, config: Any, use: Use) -> Engine:
+        """The engine of this phase; later phases return theirs."""
+        return build(config, use)
 
     def generate(
         self,

@@ -18,6 +18,8 @@ class Request:
         seed: resolved seed of this sequence's random choices (64 bits).
         eos_token_ids: ids that end the sequence unless `params.ignore_eos`.
         max_tokens: resolved limit of generated tokens (`params.max_tokens` cut to the context).
+        index: 0 .. n-1 among the sequences of one prompt.
+        group: request id of the prompt; sequences of one group have the same prompt. "": a group of its own.
         output_token_ids: generated so far.
         num_computed_tokens: how many leading tokens have their keys and values in the cache.
         finish_reason: None while running, then "stop", "length" or "abort".
@@ -31,6 +33,7 @@ class Request:
     eos_token_ids: tuple[int, ...]
     max_tokens: int
     index: int = 0
+    group: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     finish_reason: str | None = None

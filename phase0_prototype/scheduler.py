@@ -60,7 +60,7 @@ class Scheduler:
 
         Args:
             step: the step that ran.
-            tokens: new tokens of each scheduled request, in the step's order.
+            tokens: new tokens of each of `step.requests`.
         """
         for scheduled, new in zip(step.scheduled, tokens, strict=True):
             scheduled.request.num_computed_tokens = self.kv.computed(scheduled.request, scheduled.end)

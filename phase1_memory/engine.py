@@ -1,0 +1,65 @@
+"""The engine as of phase 1: phase 0's loop, with a paged cache, admission by blocks and an offload store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from module0_profiling.course.parts import Use, resolve
+from phase0_prototype.engine import ROOM as PROTOTYPE
+from phase0_prototype.engine import Engine
+from phase0_prototype.loading import describe
+from phase0_prototype.tokenizer import load_tokenizer
+from phase1_memory.engine_config import PagedConfig
+from phase1_memory.memory_plan import memory_of, plan_memory
+
+ROOM = __name__.rpartition(".")[0]
+PARTS = ("allocator", "block_tables", "kv_cache", "attention", "scheduler", "offload")
+
+
+def build(
+    config: PagedConfig, use: Use | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+) -> Engine:
+    """Load a checkpoint and assemble an engine around it.
+
+    Args:
+        config: the settings.
+        use: which implementation of the course's parts; by default the learner's where there is one.
+        advance: called with (bytes loaded, bytes in all) while weights load.
+
+    Raises:
+        UserError: anything about model, device or sizes that the user can put right.
+    """
+    use = use or Use()
+    part = {name: resolve(ROOM, name, use) for name in PARTS}
+    described = describe(config, resolve(PROTOTYPE, "model", use).DecoderModel, part["attention"].PagedTorchAttention())
+    model, device = described.model, described.device
+    plan = plan_memory(config, described.config, model.kv_spec, device, memory_of(device, model.weight_bytes))
+    described.load(advance)
+    allocator = part["allocator"].make_allocator(plan.num_blocks, kind=config.allocator)
+    tables = part["block_tables"].BlockTables(allocator, config.block_size)
+    kv = part["kv_cache"].PagedKVCache(model.kv_spec, tables, device)
+    store: Any = None
+    if config.preemption == "swap":
+        store = part["offload"].open_store(
+            plan.block_bytes, device, config.swap_bytes, config.offload_dir, config.offload_bytes
+        )
+    scheduler = part["scheduler"].Scheduler(
+        kv,
+        config.max_num_batched_tokens,
+        config.max_seqs,
+        watermark=config.watermark,
+        pressure=config.preemption,
+        store=store,
+    )
+    return Engine(
+        model,
+        kv,
+        scheduler,
+        resolve(PROTOTYPE, "runner", use).RUNNERS["eager"](model, kv),
+        config=described.config,
+        tokenizer=load_tokenizer(described.directory),
+        max_model_len=plan.max_model_len,
+        device=device,
+        seed=config.seed,
+    )

@@ -1,0 +1,113 @@
+"""The paged KV cache: memory in blocks of `page` tokens, and the block tables that say whose they are.
+
+Every layer has keys and values of shape [num_blocks, page, Hkv, D], as in vLLM. A sequence takes a block when its
+tokens reach it, so that at most page - 1 places of a sequence are reserved and unused; phase 0 reserved `max_model_len`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.request import Request
+from phase1_memory.block_tables import BlockTables, Write
+
+
+class PagedKVCache:
+    """Blocks of keys and values.
+
+    Args:
+        spec: what one token needs.
+        tables: who owns which block; `tables.page` is the block size.
+        device: where the memory lies.
+
+    One block more than the tables know is allocated: what padded rows of a captured step write goes to `scratch`.
+    """
+
+    def __init__(self, spec: KVSpec, tables: BlockTables, device: torch.device) -> None:
+        self.spec, self.tables, self.device = spec, tables, device
+        self.block_size = tables.page
+        self.scratch = tables.num_blocks
+        shape = (tables.num_blocks + 1, tables.page, spec.num_kv_heads, spec.head_dim)
+
+        def blocks() -> Tensor:  # a tensor of its own for each: torch.compile copies what is changed through a view
+            return torch.zeros(shape, dtype=spec.dtype, device=device)
+
+        self.layers = tuple((blocks(), blocks()) for _ in range(spec.num_layers))  # keys, values
+        self.copied_blocks = 0  # since the start: what copy-on-write has cost
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers."""
+        return self.spec.bytes_per_token * self.block_size
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence holds."""
+        return self.tables.num_free
+
+    def reserve(self, writes: Sequence[Write]) -> bool:
+        """Make room for these tokens, copying blocks that are shared; False where not enough blocks are free."""
+        copies = self.tables.reserve(writes)
+        if copies is None:
+            return False
+        if copies:
+            self.copied_blocks += len(copies)
+            source, destination = torch.tensor(copies, dtype=torch.int64).to(self.device).unbind(1)
+            for side in itertools.chain.from_iterable(self.layers):
+                side[destination] = side[source]
+        return True
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """`child` begins with the computed tokens of `parent`, in the same blocks."""
+        self.tables.fork(parent.request_id, child.request_id)
+        child.num_computed_tokens = parent.num_computed_tokens
+
+    def release(self, request: Request) -> None:
+        """Take the request's blocks back."""
+        self.tables.release(request.request_id)
+
+    def blocks(self, request: Request) -> tuple[int, ...]:
+        """The request's block table."""
+        return tuple(self.tables.tables[request.request_id])
+
+    def computed(self, request: Request, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens, all just written, can be read back by the next step: all."""
+        return num_tokens
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [num_blocks + 1, page, Hkv, D]."""
+        return self.layers[index]
+
+    def read(self, blocks: Sequence[int]) -> Tensor:
+        """A copy of these blocks, all layers together: [n, block_bytes] uint8 on the cache's device."""
+        sides = list(itertools.chain.from_iterable(self.layers))
+        out = torch.empty((len(blocks), len(sides), *sides[0].shape[1:]), dtype=self.spec.dtype, device=self.device)
+        for i, side in enumerate(sides):
+            for to, source in pieces(blocks):
+                out[to, i] = side[source]
+        return out.view(len(blocks), -1).view(torch.uint8)
+
+    def write(self, blocks: Sequence[int], data: Tensor) -> None:
+        """Put what `read` returned into these blocks."""
+        sides = list(itertools.chain.from_iterable(self.layers))
+        data = data.view(self.spec.dtype).view(len(blocks), len(sides), *sides[0].shape[1:])
+        for i, side in enumerate(sides):
+            for source, to in pieces(blocks):
+                side[to] = data[source, i]
+
+
+def pieces(blocks: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Runs of neighbours as (places in the list, blocks): a run is one copy instead of one for each block."""
+    found: list[tuple[slice, slice]] = []
+    at = 0
+    for _, group in itertools.groupby(enumerate(blocks), key=lambda item: item[1] - item[0]):
+        first, *rest = (block for _, block in group)
+        length = 1 + len(rest)
+        found.append((slice(at, at + length), slice(first, first + length)))
+        at += length
+    return found
