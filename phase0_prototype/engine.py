@@ -69,7 +69,7 @@ class Engine:
         Raises:
             UserError: the prompt is empty, too long, holds unknown ids, or is text and there is no tokenizer.
         """
-        prompt_ids = self._encode(prompt)
+        prompt_ids = self.encode(prompt)
         room = self.max_model_len - len(prompt_ids)
         if room < 1:
             raise UserError(
@@ -162,7 +162,8 @@ class Engine:
         for request in self._answers.pop(request_id).requests:
             del self._of_request[request.request_id]
 
-    def _encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt. Raises UserError for an empty one, one without a tokenizer, and ids out of range."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("this checkpoint has no tokenizer.json: give the prompt as token ids")

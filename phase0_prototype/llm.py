@@ -71,7 +71,7 @@ class LLM:
         Raises:
             UserError: naming the prompt; nothing was generated then.
         """
-        given = _prompts(prompts)
+        given = prompts_of(prompts)
         params = _params(sampling_params, len(given))
         ids: list[str] = []
         try:
@@ -81,7 +81,7 @@ class LLM:
                 except UserError as error:
                     raise UserError(f"prompt {i}: {error}" if len(given) > 1 else str(error)) from None
             own, finished = frozenset(ids), dict[str, RequestOutput]()
-            with _progress_bar(show=progress and len(ids) > 1) as bar:
+            with progress_bar(show=progress and len(ids) > 1) as bar:
                 task = bar.add_task("generating", total=len(ids), speed=0.0)
                 tokens = 0
                 while len(finished) < len(ids):
@@ -107,7 +107,7 @@ class LLM:
         Raises:
             UserError: see `generate`; at the first `next`.
         """
-        (given,), (params,) = _prompts([prompt]), _params(sampling_params, 1)
+        (given,), (params,) = prompts_of([prompt]), _params(sampling_params, 1)
         request_id = self.engine.add_request(given, params)
         self._streams[request_id] = None
         try:
@@ -129,7 +129,7 @@ class LLM:
         return [o for o in outputs if o.request_id in own]
 
 
-def _prompts(given: Any) -> list[str | list[int]]:
+def prompts_of(given: Any) -> list[str | list[int]]:
     """Every accepted way of giving prompts, as a list of texts and lists of token ids."""
     single = isinstance(given, str | Mapping) or (
         isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], int)
@@ -165,7 +165,8 @@ def _params(given: SamplingParams | Sequence[SamplingParams] | None, count: int)
     return list(given)
 
 
-def _progress_bar(*, show: bool) -> Progress:
+def progress_bar(*, show: bool) -> Progress:
+    """A bar of prompts on stderr, for terminals and notebooks."""
     console = Console(stderr=True)  # what a program prints on stdout stays its own
     return Progress(
         TextColumn("{task.description}"),

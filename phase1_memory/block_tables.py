@@ -86,11 +86,16 @@ class BlockTables:
             return None
         return self._take(wanted, growing) if wanted else []
 
-    def fork(self, parent: str, child: str) -> None:
-        """`child` begins with all blocks of `parent`; nothing is copied."""
+    def fork(self, parent: str, child: str, num_tokens: int) -> int:
+        """`child` begins where `parent` is; nothing is copied.
+
+        Returns:
+            How many of the parent's `num_tokens` tokens the child has: all.
+        """
         table = self.tables[child] = list(self.tables[parent])
         for block in table:
             self.references[block] += 1
+        return num_tokens
 
     def release(self, name: str) -> None:
         """The sequence is gone; blocks that nobody else refers to are free. Unknown names are ignored."""

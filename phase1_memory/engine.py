@@ -11,10 +11,11 @@ from phase0_prototype.engine import Engine
 from phase0_prototype.loading import describe
 from phase0_prototype.tokenizer import load_tokenizer
 from phase1_memory.engine_config import PagedConfig
+from phase1_memory.kv_cache import PagedKVCache
 from phase1_memory.memory_plan import memory_of, plan_memory
 
 ROOM = __name__.rpartition(".")[0]
-PARTS = ("allocator", "block_tables", "kv_cache", "attention", "scheduler", "offload")
+PARTS = ("allocator", "block_tables", "attention", "scheduler", "offload")
 
 
 def build(
@@ -38,7 +39,7 @@ def build(
     described.load(advance)
     allocator = part["allocator"].make_allocator(plan.num_blocks, kind=config.allocator)
     tables = part["block_tables"].BlockTables(allocator, config.block_size)
-    kv = part["kv_cache"].PagedKVCache(model.kv_spec, tables, device)
+    kv = PagedKVCache(model.kv_spec, tables, device)
     store: Any = None
     if config.preemption == "swap":
         store = part["offload"].open_store(

@@ -64,8 +64,8 @@ class PagedKVCache:
 
     def fork(self, parent: Request, child: Request) -> None:
         """`child` begins with the computed tokens of `parent`, in the same blocks."""
-        self.tables.fork(parent.request_id, child.request_id)
-        child.num_computed_tokens = parent.num_computed_tokens
+        computed = parent.num_computed_tokens
+        child.num_computed_tokens = self.tables.fork(parent.request_id, child.request_id, computed)
 
     def release(self, request: Request) -> None:
         """Take the request's blocks back."""

@@ -1,0 +1,97 @@
+"""Attention over blocks, one sequence at a time: fetch its blocks one by one, put them together, attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from phase0_prototype.attention import AttentionSpec, causal_mask, write_kv
+from phase0_prototype.batch import Batch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence in the flat batch.
+
+    Attributes:
+        start, end: its tokens in the batch.
+        kv_len: its length, including what is in the cache.
+        blocks: its block table.
+    """
+
+    start: int
+    end: int
+    kv_len: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PagedPlan:
+    """One step's work.
+
+    Attributes:
+        slots: two of [T] int64, the block and the place in it where each token's key and value are written.
+        sequences: all of them.
+        causal: for each (sequence, window) [q, kv] bool.
+    """
+
+    slots: tuple[Tensor, Tensor]
+    sequences: tuple[Sequence, ...]
+    causal: dict[tuple[int, int | None], Tensor]
+
+
+class PagedTorchAttention:
+    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype."""
+
+    def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
+        """Nothing: this backend serves every model on every device."""
+        return []
+
+    def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> PagedPlan:
+        """Build what layers share."""
+        sequences: list[Sequence] = []
+        causal: dict[tuple[int, int | None], Tensor] = {}
+        start = 0
+        for i, (length, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+            for w in windows:
+                causal[i, w] = causal_mask(length, kv_len, w, batch.token_ids.device)
+            sequences.append(Sequence(start, start + length, kv_len, batch.blocks[i][: -(-kv_len // block_size)]))
+            start += length
+        slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
+        return PagedPlan(slots, tuple(sequences), causal)
+
+    def run(
+        self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: PagedPlan
+    ) -> Tensor:
+        """Write the new keys and values, then attend.
+
+        Args:
+            spec: the layer's shape.
+            q: [T, Hq, D], rotated.
+            k, v: [T, Hkv, D], k rotated.
+            kv: the layer's cache, two of [blocks, page, Hkv, D].
+            plan: of this step.
+
+        Returns:
+            [T, Hq * D].
+        """
+        write_kv(*kv, plan.slots, k, v)
+        out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
+        for i, seq in enumerate(plan.sequences):
+            rows = slice(seq.start, seq.end)
+            # TASK 1.5: a prompt's own keys are at hand; neighbouring blocks can be read where they lie; and the decodes
+            # of a batch can share one gather and one call.
+            key, value = (torch.cat([side[block] for block in seq.blocks])[: seq.kv_len] for side in kv)
+            attended = sdpa(
+                q[rows].transpose(0, 1).unsqueeze(0),  # [1, Hq, q, D]
+                key.transpose(0, 1).unsqueeze(0),
+                value.transpose(0, 1).unsqueeze(0),
+                attn_mask=plan.causal[i, spec.window],
+                scale=spec.scale,
+                enable_gqa=spec.num_heads != spec.num_kv_heads,
+            )
+            out[rows] = attended[0].transpose(0, 1).flatten(1)
+        return out
