@@ -7,6 +7,7 @@ through one causal call of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +44,10 @@ class AttentionBackend(Protocol):
         """Write k and v [T, Hkv, D] into the cache and attend with q [T, Hq, D]; returns [T, Hq * D]."""
         ...
 
+    def steady(self, round_up: int) -> AttentionBackend:
+        """The same backend for steps that are compiled or captured: decodes read a multiple of `round_up` tokens."""
+        ...
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -75,6 +80,21 @@ class AttentionPlan:
     sequences: tuple[Sequence, ...]
     causal: dict[tuple[int, int | None], Tensor]
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """What a captured step is kept by: plans of one shape differ in `tensors` only. None: has more than decodes."""
+        return None if self.sequences else (self.num_decodes, self.first_row, self.kv_len)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of a plan of decodes."""
+        return (*self.slots, *self.masks.values())
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> AttentionPlan:
+        """The same plan of decodes with these."""
+        masks = dict(zip(self.masks, tensors[2:], strict=True))
+        return dataclasses.replace(self, slots=(tensors[0], tensors[1]), masks=masks)
+
 
 class TorchAttention:
     """`scaled_dot_product_attention` on slices of a contiguous cache; any device, any dtype.
@@ -90,6 +110,10 @@ class TorchAttention:
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """Nothing: this backend serves every model on every device."""
         return []
+
+    def steady(self, round_up: int) -> TorchAttention:
+        """See `AttentionBackend`."""
+        return TorchAttention(round_up)
 
     def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> AttentionPlan:
         """Split the batch into decodes, which share one call, and sequences; build the masks that layers share."""

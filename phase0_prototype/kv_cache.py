@@ -80,6 +80,16 @@ class KVCache:
         """How many of the first `num_tokens` tokens, all just written, can be read back by the next step: all."""
         return num_tokens
 
+    def spare(self, blocks: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...] | None:
+        """Block tables of `count` sequences that are not there, to fill up a batch: what they write is never read.
+
+        They are free rows behind those of the batch, `blocks`; None where there are not so many.
+        """
+        first = blocks[0][0] + len(blocks)
+        rows = range(first, first + count)
+        fits = rows.stop <= self.num_rows and rows.start >= len(self.owners)
+        return tuple((row,) for row in rows) if fits else None
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
         return self.layers[index]

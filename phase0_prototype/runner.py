@@ -8,14 +8,14 @@ the cache in multiples of `LENGTH_STEP`; prompts run eagerly.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from phase0_prototype import matvec
-from phase0_prototype.attention import AttentionPlan, TorchAttention
 from phase0_prototype.batch import Batch
 from phase0_prototype.kv_cache import KVCache
 from phase0_prototype.model import DecoderModel
@@ -53,7 +53,7 @@ class CompiledRunner(Runner):
     def __init__(self, model: DecoderModel, kv: KVCache) -> None:
         super().__init__(model, kv)
         matvec.prepare()
-        self.attention = TorchAttention(round_up=LENGTH_STEP)
+        self.attention = model.backend.steady(LENGTH_STEP)
         # Shapes are fixed by the guards; checking them again before every function costs 7 % of a small model's step.
         self._compute = torch.compile(model.compute, dynamic=False, fullgraph=True, options={"size_asserts": False})
 
@@ -62,14 +62,14 @@ class CompiledRunner(Runner):
             return super()._logits(batch)
         wide = padded(batch, self.kv)
         plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
-        if plan.sequences:  # rows are not adjacent
+        if plan.shape is None:  # rows are not adjacent
             return super()._logits(batch)
         with torch._dynamo.config.patch(cache_size_limit=64):
             logits = self._compute(wide.token_ids, wide.positions, wide.logits_rows, plan, self.kv)
         return logits[: batch.num_seqs]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Captured:
     """A CUDA graph with the tensors that it reads and writes."""
 
@@ -83,30 +83,28 @@ class GraphRunner(Runner):
 
     def __init__(self, model: DecoderModel, kv: KVCache) -> None:
         super().__init__(model, kv)
-        self.attention = TorchAttention(round_up=LENGTH_STEP)
-        self._graphs: dict[tuple[int, int, int], _Captured] = {}
+        self.attention = model.backend.steady(LENGTH_STEP)
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     def _logits(self, batch: Batch) -> Tensor:
         if not is_decode(batch):
             return super()._logits(batch)
         wide = padded(batch, self.kv)
         plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
-        if plan.sequences:
+        if plan.shape is None:
             return super()._logits(batch)
-        inputs = (wide.token_ids, wide.positions, wide.logits_rows, *plan.slots, *plan.masks.values())
-        key = (wide.num_seqs, plan.first_row, plan.kv_len)
-        captured = self._graphs.get(key)
+        inputs = (wide.token_ids, wide.positions, wide.logits_rows, *plan.tensors)
+        captured = self._graphs.get(plan.shape)
         if captured is None:
-            captured = self._graphs[key] = self._capture(inputs, plan)
+            captured = self._graphs[plan.shape] = self._capture(inputs, plan)
         for static, value in zip(captured.inputs, inputs, strict=True):
             static.copy_(value)
         captured.graph.replay()
         return captured.logits[: batch.num_seqs]
 
-    def _capture(self, inputs: tuple[Tensor, ...], plan: AttentionPlan) -> _Captured:
+    def _capture(self, inputs: tuple[Tensor, ...], plan: Any) -> _Captured:
         static = tuple(t.clone() for t in inputs)
-        masks = dict(zip(plan.masks, static[5:], strict=True))
-        static_plan = dataclasses.replace(plan, slots=(static[3], static[4]), masks=masks)
+        static_plan = plan.with_tensors(static[3:])
 
         def step() -> Tensor:
             return self.model.compute(static[0], static[1], static[2], static_plan, self.kv)
@@ -131,31 +129,31 @@ def is_decode(batch: Batch) -> bool:
 def padded(batch: Batch, kv: KVCache) -> Batch:
     """A decode batch brought to a power of two of sequences: 32 that end one by one meet 6 shapes instead of 32.
 
-    What is added are sequences of one token, each in a free row of the cache; their logits are dropped. Where there are
-    too few free rows behind the batch's own, it stays as it is.
+    What is added are sequences of one token, in memory that the cache can spare; their logits are dropped. Where it has
+    none, the batch stays as it is.
     """
-    count, first = batch.num_seqs, batch.blocks[0][0]
-    size = 1 << (count - 1).bit_length()
-    rows = range(first + count, first + size)
-    if not rows or rows.stop > kv.num_rows or rows.start < kv.num_rows - kv.num_free:
+    size = 1 << (batch.num_seqs - 1).bit_length()
+    spare = kv.spare(batch.blocks, size - batch.num_seqs)
+    if not spare:
         return batch
     device, block_size = batch.token_ids.device, kv.block_size
 
     def widen(tensor: Tensor, values: Iterable[int]) -> Tensor:
         return torch.cat((tensor, torch.tensor(list(values), dtype=torch.int64, device=device)))
 
-    zeros, ones = (0,) * len(rows), (1,) * len(rows)
+    zeros, ones = (0,) * len(spare), (1,) * len(spare)
+    tables = torch.tensor(spare, dtype=torch.int64, device=device)  # [spare, 1]
     return Batch(
         token_ids=widen(batch.token_ids, zeros),
         positions=widen(batch.positions, zeros),
-        slot_mapping=widen(batch.slot_mapping, (row * block_size for row in rows)),
+        slot_mapping=widen(batch.slot_mapping, (table[0] * block_size for table in spare)),
         query_start=torch.arange(size + 1, device=device),
         seq_lens=widen(batch.seq_lens, ones),
-        block_tables=widen(batch.block_tables[:, 0], rows)[:, None],
+        block_tables=torch.cat((batch.block_tables, tables.expand(-1, batch.block_tables.shape[1]))),
         logits_rows=torch.arange(size, device=device),
         query_lens=batch.query_lens + ones,
         kv_lens=batch.kv_lens + ones,
-        blocks=batch.blocks + tuple((row,) for row in rows),
+        blocks=batch.blocks + spare,
     )
 
 

@@ -7,11 +7,13 @@ read where it lies: that is one thing that runs of blocks are good for.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from phase0_prototype.attention import AttentionSpec, causal_mask, decode_mask, write_kv
@@ -59,9 +61,38 @@ class PagedPlan:
     sequences: tuple[Sequence, ...]
     causal: dict[tuple[int, int | None], Tensor]
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """What a captured step is kept by: plans of one shape differ in `tensors` only. None: has more than decodes."""
+        return None if self.sequences else (self.num_decodes, self.kv_len)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of a plan of decodes that was made for few shapes (`round_up`)."""
+        masks = [mask for mask in self.masks.values() if mask is not None]
+        assert isinstance(self.blocks, Tensor) and len(masks) == len(self.masks)
+        return (*self.slots, self.blocks, *masks)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> PagedPlan:
+        """The same plan of decodes with these."""
+        masks = dict(zip(self.masks, tensors[3:], strict=True))
+        return dataclasses.replace(self, slots=(tensors[0], tensors[1]), blocks=tensors[2], masks=masks)
+
 
 class PagedTorchAttention:
-    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype."""
+    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype.
+
+    Args:
+        round_up: decodes gather a multiple of this many tokens. A compiled or captured step needs few distinct lengths;
+            eager steps read exactly the blocks that are there (1).
+    """
+
+    def __init__(self, round_up: int = 1) -> None:
+        self.round_up = round_up
+
+    def steady(self, round_up: int) -> PagedTorchAttention:
+        """See `AttentionBackend`."""
+        return PagedTorchAttention(round_up)
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """Nothing: this backend serves every model on every device."""
@@ -77,11 +108,13 @@ class PagedTorchAttention:
         kv_len = max(batch.kv_lens[:decodes], default=0)
         if decodes:
             pages = -(-kv_len // block_size)
-            if decodes == 1 and neighbours(batch.blocks[0][:pages]):
+            if self.round_up == 1 and decodes == 1 and neighbours(batch.blocks[0][:pages]):
                 blocks = batch.blocks[0][0]
             else:
-                blocks, kv_len = batch.block_tables[:decodes, :pages], pages * block_size
-            exact = decodes == 1 and kv_len == batch.kv_lens[0]
+                pages = -(-kv_len // self.round_up) * self.round_up // block_size if self.round_up > 1 else pages
+                missing = max(0, pages - batch.block_tables.shape[1])
+                blocks, kv_len = pad(batch.block_tables[:decodes, :pages], (0, missing)), pages * block_size
+            exact = self.round_up == 1 and decodes == 1 and kv_len == batch.kv_lens[0]
             masks = {
                 w: None if exact and (w is None or kv_len <= w) else decode_mask(batch.seq_lens[:decodes], kv_len, w)
                 for w in windows

@@ -57,7 +57,7 @@ def build(
         model,
         kv,
         scheduler,
-        resolve(PROTOTYPE, "runner", use).RUNNERS["eager"](model, kv),
+        resolve(PROTOTYPE, "runner", use).RUNNERS[described.runner](model, kv),
         config=described.config,
         tokenizer=load_tokenizer(described.directory),
         max_model_len=plan.max_model_len,

@@ -1,7 +1,7 @@
 """The paged KV cache: memory in blocks of `page` tokens, and the block tables that say whose they are.
 
 Every layer has keys and values of shape [num_blocks, page, Hkv, D], as in vLLM. A sequence takes a block when its
-tokens reach it, so that at most page - 1 places of a sequence are reserved and unused; phase 0 reserved `max_model_len`.
+tokens reach it: at most page - 1 places of a sequence are reserved and unused, where phase 0 reserved `max_model_len`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ class PagedKVCache:
     def computed(self, request: Request, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens, all just written, can be read back by the next step: all."""
         return num_tokens
+
+    def spare(self, blocks: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...]:
+        """Block tables of `count` sequences that are not there, to fill up a batch: they write to `scratch`."""
+        return ((self.scratch,),) * count
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [num_blocks + 1, page, Hkv, D]."""

@@ -68,6 +68,16 @@ class KVCache:
         # TASK 0.1: none, so the next step computes the whole sequence again: n tokens cost n(n+1)/2.
         return 0
 
+    def spare(self, blocks: tuple[tuple[int, ...], ...], count: int) -> tuple[tuple[int, ...], ...] | None:
+        """Block tables of `count` sequences that are not there, to fill up a batch: what they write is never read.
+
+        They are free rows behind those of the batch, `blocks`; None where there are not so many.
+        """
+        first = blocks[0][0] + len(blocks)
+        rows = range(first, first + count)
+        fits = rows.stop <= self.num_rows and rows.start >= len(self.owners)
+        return tuple((row,) for row in rows) if fits else None
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [rows, block_size, Hkv, D]."""
         return self.layers[index]

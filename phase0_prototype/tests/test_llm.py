@@ -446,7 +446,7 @@ def test_quantised_checkpoints_are_refused(made, load, tmp_path):
 
 
 def test_unknown_settings_are_refused_by_name(made):
-    with pytest.raises(UserError, match="max_model_length.*did you mean max_model_len"):
+    with pytest.raises(UserError, match=r"max_model_length.*did you mean max_model_len"):
         LLM(made.path, max_model_length=5)
 
 

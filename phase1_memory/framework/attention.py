@@ -42,9 +42,35 @@ class PagedPlan:
     sequences: tuple[Sequence, ...]
     causal: dict[tuple[int, int | None], Tensor]
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """What a captured step is kept by. None: nothing of this plan repeats."""
+        return None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of a plan that has a shape."""
+        raise NotImplementedError("a plan of sequences has no fixed shape")
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> PagedPlan:
+        """The same plan with these."""
+        raise NotImplementedError("a plan of sequences has no fixed shape")
+
 
 class PagedTorchAttention:
-    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype."""
+    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype.
+
+    Args:
+        round_up: decodes gather a multiple of this many tokens. A compiled or captured step needs few distinct lengths;
+            eager steps read exactly the blocks that are there (1).
+    """
+
+    def __init__(self, round_up: int = 1) -> None:
+        self.round_up = round_up
+
+    def steady(self, round_up: int) -> PagedTorchAttention:
+        """See `AttentionBackend`."""
+        return PagedTorchAttention(round_up)
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """Nothing: this backend serves every model on every device."""
