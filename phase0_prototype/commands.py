@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from phase0_prototype.sampling_params import SamplingParams
 
 DEMO_PROMPTS = ("def binary_search(", 'class Queue:\n    """')
 
@@ -27,6 +31,9 @@ def generate(
     runner: Annotated[str, typer.Option(help="eager, compile, cuda-graph or auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
     use: Annotated[str, typer.Option(help="Which parts run, as in phase0=mine or phase0=framework.")] = "",
+    phase: Annotated[str, typer.Option(help="Whose engine runs, as in phase0; by default the newest.")] = "",
+    settings: Annotated[str, typer.Option(help="More settings of the engine as JSON.")] = "{}",
+    beside: Annotated[bool, typer.Option(help="Measure the engine of the phase before, too.")] = False,
 ) -> None:
     """Generate text, streaming, and print tokens/s and the share of the memory bandwidth."""
     import sys
@@ -34,12 +41,9 @@ def generate(
     from phase0_prototype.errors import UserError
     from phase0_prototype.sampling_params import SamplingParams
 
-    try:
-        more = json.loads(params)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--params {params!r} is not JSON ({error.msg}): write --params '{{\"n\": 1}}'") from None
-    if not isinstance(more, dict):
-        raise UserError(f"--params {params!r} is not a JSON object: write --params '{{\"n\": 1}}'")
+    more = _json("--params", params, '{"n": 1}')
+    engine = {"dtype": dtype, "device": device, "runner": runner, "max_model_len": max_model_len}
+    engine |= _json("--settings", settings, '{"max_num_seqs": 4}')
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -54,7 +58,7 @@ def generate(
     if wanted.n != 1:
         raise UserError(f"n={wanted.n} can't be streamed to a terminal: use the Python API for several outputs")
     text = sys.stdin.read() if prompt == "-" else prompt
-    run([text], wanted, model, dtype, device, runner, max_model_len, use)
+    run([text], wanted, model, engine, use, phase, beside)
 
 
 def demo() -> None:
@@ -62,39 +66,37 @@ def demo() -> None:
     from phase0_prototype.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=3, max_tokens=140, stop=["\n\n\n"])
-    run(list(DEMO_PROMPTS), params, "titan-tiny", "auto", "auto", "auto", None, "")
+    run(list(DEMO_PROMPTS), params, "titan-tiny")
 
 
 def run(
     prompts: list[str],
-    params: object,
+    params: SamplingParams,
     model: str,
-    dtype: str,
-    device: str,
-    runner: str,
-    max_model_len: int | None,
-    use: str,
+    settings: dict[str, Any] | None = None,
+    use: str = "",
+    phase: str = "",
+    beside: bool = False,
 ) -> None:
-    """Stream each prompt through the engine of phase 0 and print a summary of the last.
+    """Stream each prompt through an engine and print a summary of the last.
 
     Args:
         prompts: texts.
-        params: `SamplingParams`, for all of them.
-        model, dtype, device, runner, max_model_len: see `EngineConfig`.
+        params: for all of them.
+        model, settings: see the phase's `LLM`.
         use: which parts run.
+        phase: whose engine; "": the newest.
+        beside: print the speed of the phase before, too.
     """
     from rich.console import Console
 
     from module0_profiling.course.parts import Use, describe
-    from phase0_prototype import console
-    from phase0_prototype.llm import LLM
-    from phase0_prototype.sampling_params import SamplingParams
+    from phase0_prototype import console, engines
 
-    assert isinstance(params, SamplingParams)
     notes = Console(stderr=True, highlight=False)
     chosen = Use.parse(use)
     with notes.status(f"loading {model}"):
-        llm = LLM(model, dtype=dtype, device=device, runner=runner, max_model_len=max_model_len, use=chosen)
+        llm = engines.llm_of(phase)(model, use=chosen, **settings or {})
     notes.print(describe(chosen), style="dim")
     for prompt in prompts:
         speed = console.stream(llm, prompt, params)
@@ -102,6 +104,25 @@ def run(
     with notes.status("measuring this machine's memory bandwidth"):
         said = console.summary(llm, speed)
     notes.print(said, style="bold")
+    if beside and (older := engines.before(phase)):
+        with notes.status(f"measuring {older}"):
+            known = {f.name for f in fields(engines.llm_of(older).config_type)}
+            shared = {name: value for name, value in (settings or {}).items() if name in known}
+            former = engines.llm_of(older)(model, use=chosen, **shared)
+            said = console.side_by_side({older: former, phase: llm}, prompts[-1], params)
+        notes.print(said, style="bold")
+
+
+def _json(option: str, text: str, example: str) -> dict[str, Any]:
+    from phase0_prototype.errors import UserError
+
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option} {text!r} is not JSON ({error.msg}): write {option} '{example}'") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {text!r} is not a JSON object: write {option} '{example}'")
+    return found
 
 
 def register(app: typer.Typer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from module0_profiling.hardware import detect, measured_peaks
@@ -81,3 +83,15 @@ def summary(llm: LLM, speed: Speed) -> str:
     if device.kind == "cpu" and speed.bytes_per_token < device.cache_bytes:
         lines.append("(A model this small lives in the CPU's cache; what holds it back is the cost of each operation.)")
     return "\n".join(lines)
+
+
+def side_by_side(llms: Mapping[str, LLM], prompt: Prompt, params: SamplingParams, rounds: int = 3) -> str:
+    """One line with the tokens/s of several engines for one prompt; they take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in llms}
+    for round_ in range(rounds + 1):
+        for name, llm in llms.items():
+            (output,) = llm.generate(prompt, params, progress=False)
+            if round_:  # the first is to warm up
+                rates[name].append(speed_of(llm, output).rate)
+    told = (f"{name} {statistics.median(values):,.0f}" for name, values in rates.items())
+    return f"In turns: {', '.join(told)} tokens/s."

@@ -5,8 +5,8 @@ of a long prompt is one: query heads that share a key head are rows of it. A blo
 that its last query may see, so the work is that of the triangle, not of the square.
 
 The precision is chosen product by product. Queries times keys run in float32: a CPU product of bfloat16 returns
-bfloat16, and a score of 40 rounded to 8 bits is off by 0.1, which is 10 % of a probability. Probabilities are below 1
-and times values they run in bfloat16, at twice the rate; the error is then that of flash attention.
+bfloat16, and a score of 40 rounded to 8 bits is off by up to 0.125, which is 13 % of a probability. Probabilities times
+values run in bfloat16 at twice the rate, as in flash attention: rounding a probability costs it 0.4 % at most.
 """
 
 from __future__ import annotations
