@@ -34,7 +34,7 @@ from module0_profiling.results import commit_of, results_folder
 
 DONE = rooms.ROOT / "build" / "bench-gpu.json"
 LOGS = rooms.ROOT / "build" / "bench-gpu-logs"
-SOURCES = ("*.py", "*.cu", "*.h", "*.cpp", "*.toml")
+SOURCES = ("*.py", "*.cu", "*.h", "*.cpp", "*.rs", "*.toml")
 DRY_RUN_SECONDS = 300
 
 

@@ -22,24 +22,17 @@ GPU cases do with tiny sizes on the CPU, so that nothing fails on a GPU for a re
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from module0_profiling import rooms
-from module0_profiling.bench_gpu import CheckFailed, GpuCase, dry_run
+from module0_profiling.bench import Case, Options, Suite, figure, main, ratio
+from module0_profiling.bench_gpu import GpuCase
 from module0_profiling.hardware import detect, measured_peaks
-from module0_profiling.results import Figure, record
+from module0_profiling.results import Figure
 from phase0_prototype import kernel_cases, linear_cases, predict_check, why_slow_cases, workloads
 from phase0_prototype.bandwidth import decode_shares
 from phase0_prototype.hub import resolve_model
@@ -48,36 +41,6 @@ from phase0_prototype.workloads import SHAPE, TINY, in_turns
 
 LINEAR_PARAMETERS = 22 * (2560 * 2048 + 2048 * 2048 + 3 * 5632 * 2048)  # a prompt goes through these; the head, one row
 KEPT = rooms.ROOT / "build" / SHAPE
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line fixed for all cases."""
-
-    device: str
-    rounds: int
-    checkpoint: Path
-    console: Console
-    dry: bool = False
-
-    def size(self, full: int, tiny: int) -> int:
-        """A size: the one that is measured, or that of a dry run."""
-        return tiny if self.dry else full
-
-
-def spread(values: Sequence[float]) -> float:
-    """(max - min) / median."""
-    return (max(values) - min(values)) / statistics.median(values)
-
-
-def figure(name: str, values: Sequence[float], unit: str, note: str = "") -> Figure:
-    """Median and spread of a series."""
-    return Figure(name, statistics.median(values), unit, spread(values), note)
-
-
-def ratio(name: str, slow: Sequence[float], fast: Sequence[float], note: str = "") -> Figure:
-    """How many times faster `fast` is, round by round."""
-    return figure(name, [s / f for s, f in zip(slow, fast, strict=True)], "x", note)
 
 
 def kv_cache(options: Options) -> tuple[Figure, ...]:
@@ -240,7 +203,7 @@ def profile(options: Options) -> tuple[Figure, ...]:
     return decode_profile(options.device)
 
 
-CASES: dict[str, Callable[[Options], tuple[Figure, ...]]] = {
+CASES: dict[str, Case] = {
     "kv_cache": kv_cache,
     "compile": compiled,
     "batching": batching,
@@ -281,56 +244,15 @@ def _checks() -> ModuleType:
     return gpu_checks
 
 
-def main() -> None:
-    """Run the cases named on the command line, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--checkpoint", type=Path, default=KEPT, help=f"of {SHAPE}, by `titan checkpoint`")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, records nothing")
-    args = parser.parse_args()
-    unknown = [c for c in args.cases if c not in CASES]
-    if unknown:
-        parser.error(f"unknown case {unknown[0]!r}: choose {', '.join(CASES)}")
-    if args.dry_run:
-        sys.exit(_dry_run(args.cases))
-    if not args.device.startswith("cuda") and (needs := [c for c in args.cases if c in NEEDS_GPU]):
-        parser.error(f"{needs[0]} needs a GPU: nothing was measured")
-    console = Console()
-    options = Options(args.device, args.rounds, args.checkpoint, console)
-    chosen = args.cases or [c for c in CASES if c not in NEEDS_GPU or options.device.startswith("cuda")]
-    for name in chosen:
-        console.rule(name)
-        try:
-            figures = CASES[name](options)
-        except CheckFailed as error:
-            sys.exit(f"{name} failed: {error}")
-        for f in figures:
-            console.print(f"  {f.name:45} {f.value:12.4g} {f.unit:10} spread {(f.spread or 0):.0%}", highlight=False)
-        if not args.no_record:
-            suffix = "_gpu" if args.device.startswith("cuda") else ""
-            command = f"python -m phase0_prototype.benchmark {name} --device {args.device} --rounds {args.rounds}"
-            record(
-                "phase0",
-                name + suffix,
-                figures,
-                command=command,
-                peers=("transformers",) if name in ("engines", "one_sequence") else (),
-                device="gpu" if suffix else "cpu",
-            )
-
-
-def _dry_run(names: list[str]) -> int:
-    """Every GPU case, or those named, with tiny sizes on the CPU; 1 if one failed."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which no case has done yet
-    torch.set_num_threads(1)
-    tiny = resolve_model(TINY)  # it stands for the 1.1B shape too
-    options = Options("cpu", rounds=1, checkpoint=tiny, console=Console(quiet=True), dry=True)
-    chosen = names or [case.name for case in (*GPU_CHECKS, *GPU_CASES)]
-    return dry_run({name: partial(CASES[name], options) for name in chosen})
-
+SUITE = Suite(
+    room=__package__ or "phase0_prototype",
+    cases=CASES,
+    needs_gpu=NEEDS_GPU,
+    gpu=[case.name for case in (*GPU_CHECKS, *GPU_CASES)],
+    peers={"engines": ("transformers",), "one_sequence": ("transformers",)},
+    checkpoint=KEPT,
+    tiny=lambda: resolve_model(TINY),  # it stands for the 1.1B shape too
+)
 
 if __name__ == "__main__":
-    main()
+    main(SUITE, __doc__)
