@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 LONGEST_BLOCK = 64  # queries: more multiply keys that are masked anyway, fewer are too few rows for the product
 SHORTEST_BLOCK = 16
-SCORES = 4 << 20  # numbers in a block of scores that stay in a shared cache between the product and the softmax
-FEWEST_QUERIES = 16  # below, one masked call takes fewer operations
+SCORES = 2 << 20  # numbers in a block of scores: 8 MiB stay in a shared cache from the product to the softmax
+LEAST_WORK = 32 << 20  # FLOP of all queries with all keys: below, one call costs less than the operations of a block
 
 
 def causal_attention(
@@ -38,11 +38,13 @@ def causal_attention(
     Returns:
         [Tq, Hq, D] in q's dtype.
     """
-    if q.shape[0] < FEWEST_QUERIES or why_not_blocks(q.dtype, q.device):
-        if mask is None:
-            mask = causal_mask(q.shape[0], k.shape[0], window, q.device)
-        return _by_torch(q, k, v, scale, mask)
-    return attention_in_blocks(q, k, v, scale, window)
+    tokens, length = q.shape[0], k.shape[0]
+    seen = length if window is None else min(length, tokens - 1 + window)
+    if 4 * q.numel() * seen >= LEAST_WORK and not why_not_blocks(q.dtype, q.device):
+        return attention_in_blocks(q, k, v, scale, window)
+    if mask is None:
+        mask = causal_mask(tokens, length, window, q.device)
+    return _by_torch(q, k, v, scale, mask)
 
 
 def why_not_blocks(dtype: torch.dtype, device: torch.device) -> list[str]:

@@ -46,7 +46,7 @@ def kv_cache_speedup(use: Use) -> Measured:
         2,
         Console(),
     )
-    return _compare(runs, _whole)
+    return compare(runs, _whole)
 
 
 def batching_speedup(use: Use) -> Measured:
@@ -61,7 +61,7 @@ def batching_speedup(use: Use) -> Measured:
         3,
         Console(),
     )
-    return _compare(runs, _whole)
+    return compare(runs, _whole)
 
 
 def compile_speedup(use: Use) -> Measured:
@@ -76,27 +76,27 @@ def graph_speedup(use: Use) -> Measured:
 
 def decode_speedup_1(use: Use) -> Measured:
     """Time of a decode step of `transformers` over ours, 1.1B in bfloat16, batch 1."""
-    return _compare(_beside_transformers(use, 1, 128, 24), lambda run: run.per_step)
+    return compare(_beside_transformers(use, 1, 128, 24), lambda run: run.per_step)
 
 
 def decode_speedup_8(use: Use) -> Measured:
     """The same at batch 8."""
-    return _compare(_beside_transformers(use, 8, 128, 16), lambda run: run.per_step)
+    return compare(_beside_transformers(use, 8, 128, 16), lambda run: run.per_step)
 
 
 def decode_speedup_32(use: Use) -> Measured:
     """The same at batch 32."""
-    return _compare(_beside_transformers(use, 32, 128, 8), lambda run: run.per_step)
+    return compare(_beside_transformers(use, 32, 128, 8), lambda run: run.per_step)
 
 
 def prefill_speedup_128(use: Use) -> Measured:
     """Time until `transformers` has the first token after a prompt of 128, over ours."""
-    return _compare(_beside_transformers(use, 1, 128, 24), lambda run: run.prefill)
+    return compare(_beside_transformers(use, 1, 128, 24), lambda run: run.prefill)
 
 
 def prefill_speedup_1024(use: Use) -> Measured:
     """The same with a prompt of 1024."""
-    return _compare(_beside_transformers(use, 1, 1024, 4), lambda run: run.prefill)
+    return compare(_beside_transformers(use, 1, 1024, 4), lambda run: run.prefill)
 
 
 def bandwidth_share(use: Use) -> Measured:
@@ -113,7 +113,7 @@ def _runner_speedup(use: Use, runner: str, device: str) -> Measured:
     llms = {name: LLM(TINY, device=device, max_num_seqs=1, runner=name, use=use) for name in ("eager", runner)}
     prompts = workloads.random_prompts(llms["eager"].engine.config.vocab_size, [8])
     subjects = {name: partial(workloads.run_ours, llm, prompts, 200) for name, llm in llms.items()}
-    return _compare(in_turns(subjects, ROUNDS, Console()), lambda run: run.per_step)
+    return compare(in_turns(subjects, ROUNDS, Console()), lambda run: run.per_step)
 
 
 def _checkpoint() -> AbstractContextManager[Path]:
@@ -139,7 +139,7 @@ def _beside_transformers(use: Use, batch: int, length: int, new_tokens: int) -> 
     return in_turns(subjects, ROUNDS, Console())
 
 
-def _compare(runs: dict[str, list[Run]], seconds: Callable[[Run], float]) -> Measured:
+def compare(runs: dict[str, list[Run]], seconds: Callable[[Run], float]) -> Measured:
     """How many times longer the first subject takes than the second, round by round."""
     (slow, a), (fast, b) = ((name, Timing(tuple(map(seconds, done)))) for name, done in runs.items())
     ratios = [x / y for x, y in zip(a.seconds, b.seconds, strict=True)]

@@ -35,6 +35,15 @@ def dense(q, k, v, window):
     return (torch.einsum("hqk,khd->qhd", weights, x) for x in (v, v.abs()))
 
 
+def by_torch(q, k, v, scale, window):
+    """The call that attention made before there were blocks."""
+    mask = causal_mask(q.shape[0], k.shape[0], window, CPU)
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    causal = {"attn_mask": mask, "is_causal": mask is None}
+    out = sdpa(*heads_first, **causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
 cases = st.tuples(
     st.integers(1, 150),  # queries
     st.sampled_from([0, 0, 1, 15, 64, 200]),  # tokens before them
@@ -72,9 +81,7 @@ def test_blocks_in_bfloat16_are_off_by_two_roundings_however_large_the_scores(ca
 def test_blocks_are_about_as_exact_as_flash_attention(tokens, before, window, spread):
     q, k, v = inputs(tokens, before + tokens, (8, 2), 64, torch.bfloat16, spread)
     expected, _ = dense(q, k, v, window)
-    mask = causal_mask(tokens, before + tokens, window, CPU)
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    flash = sdpa(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)[0].transpose(0, 1)
+    flash = by_torch(q, k, v, 64**-0.5, window)
     ours = attention_in_blocks(q, k, v, 64**-0.5, window)
     error, flash_error = ((x - expected).square().mean().sqrt() for x in (ours, flash))
     assert error < 1.5 * flash_error
@@ -95,11 +102,11 @@ def test_slices_of_one_projection_need_no_copies():
     assert torch.equal(attention_in_blocks(q, k, v, 0.125), expected)
 
 
-@pytest.mark.parametrize("future", [float("nan"), 1e30])
-def test_keys_before_the_window_are_not_read(future):
+@pytest.mark.parametrize("unseen", [float("nan"), 1e30])
+def test_keys_before_the_window_are_not_read(unseen):
     q, k, v = inputs(80, 200, (4, 2), 16, torch.bfloat16)
     expected = attention_in_blocks(q, k, v, 0.25, window=40)
-    k[:81], v[:81] = future, future  # the first query is token 120 and sees tokens 81 to 120
+    k[:81], v[:81] = unseen, unseen  # the first query is token 120 and sees tokens 81 to 120
     assert torch.equal(attention_in_blocks(q, k, v, 0.25, window=40), expected)
 
 
@@ -108,27 +115,24 @@ def test_keys_before_the_window_are_not_read(future):
 def test_float32_takes_the_very_call_of_torch(case):
     tokens, before, heads, dim, window = case
     q, k, v = inputs(tokens, before + tokens, heads, dim, torch.float32)
+    expected = by_torch(q, k, v, dim**-0.5, window)
     mask = causal_mask(tokens, before + tokens, window, CPU)
-    by_torch = sdpa(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=dim**-0.5,
-        enable_gqa=heads[0] != heads[1],
-    )[0].transpose(0, 1)
-    assert torch.equal(causal_attention(q, k, v, dim**-0.5, window), by_torch)
-    assert torch.equal(causal_attention(q, k, v, dim**-0.5, window, mask), by_torch)
+    assert torch.equal(causal_attention(q, k, v, dim**-0.5, window), expected)
+    assert torch.equal(causal_attention(q, k, v, dim**-0.5, window, mask), expected)
 
 
-def test_bfloat16_takes_blocks_where_they_are_faster_and_the_prompt_is_not_short():
-    q, k, v = inputs(200, 200, (4, 2), 64, torch.bfloat16)
-    blocks = attention_in_blocks(q, k, v, 0.125)
-    chosen = causal_attention(q, k, v, 0.125)
-    assert torch.equal(chosen, blocks) == (not why_not_blocks(torch.bfloat16, CPU))
-    short = prefill_attention.FEWEST_QUERIES - 1
-    expected, bound = dense(q[:short], k[:short], v[:short], None)
-    out = causal_attention(q[:short], k[:short], v[:short], 0.125)
-    assert ((out - expected).abs() <= 2 * ROUNDING * bound * 1.01 + 1e-5).all()
+@pytest.mark.parametrize(("tokens", "before", "window"), [(200, 0, None), (150, 250, None), (400, 0, 100)])
+def test_a_long_prompt_in_bfloat16_goes_through_blocks_where_they_are_faster(tokens, before, window):
+    q, k, v = inputs(tokens, before + tokens, (8, 2), 64, torch.bfloat16)
+    chosen = causal_attention(q, k, v, 0.125, window)
+    in_blocks = torch.equal(chosen, attention_in_blocks(q, k, v, 0.125, window))
+    assert in_blocks == (not why_not_blocks(torch.bfloat16, CPU))
+
+
+@pytest.mark.parametrize(("tokens", "before"), [(1, 0), (1, 100), (20, 0), (3, 50)])
+def test_a_short_prompt_in_bfloat16_goes_through_one_call_of_torch(tokens, before):
+    q, k, v = inputs(tokens, before + tokens, (8, 2), 64, torch.bfloat16)
+    assert torch.equal(causal_attention(q, k, v, 0.125), by_torch(q, k, v, 0.125, None))
 
 
 def test_reasons_against_blocks_name_the_cause():
