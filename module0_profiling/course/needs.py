@@ -1,7 +1,7 @@
 """What a gate needs from the machine, and why it is absent.
 
 A need is `cpu`, `amx` (an Intel CPU with matrix units), `cuda`, `cuda:N` (N devices), `triton`, `nvcc`, `nvrtc` (or
-nvcc), `compiler` (a host C++ compiler), or the name of a Python package; several are joined by commas.
+nvcc), `compiler` (a host C++ compiler), `rust`, or the name of a Python package; several are joined by commas.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def split(needs: str) -> tuple[str, ...]:
     found = tuple(need.strip() for need in needs.split(","))
     for need in found:
         if not NEED.fullmatch(need):
-            known = "cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler or a Python package"
+            known = "cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler, rust or a Python package"
             raise CourseError(f"needs {need!r} is not {known}")
     return found
 
@@ -50,6 +50,7 @@ def _absent(need: str) -> str | None:
         "nvcc": (_nvcc, "needs nvcc, there is none on PATH or in CUDA_HOME"),
         "nvrtc": (lambda: find_nvrtc() or _nvcc(), "needs NVRTC or nvcc: pip install nvidia-cuda-nvrtc"),
         "compiler": (lambda: any(n and shutil.which(n) for n in names), "needs a C++ compiler, none is on PATH"),
+        "rust": (lambda: shutil.which("cargo") or shutil.which("rustc"), "needs Rust: https://rustup.rs"),
     }
     found, missing = tools.get(
         need, (lambda: _installed(need), f"needs the Python package {need}, it is not installed")
