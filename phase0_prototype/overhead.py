@@ -26,14 +26,17 @@ LAYERS, BATCHES = (2, 10), (1, 8)
 PROMPT, NEW_TOKENS, ROUNDS = 16, 24, 7
 
 
-def measure(device: Device, rates: Calibration) -> Overhead:
-    """Overhead of a decode step with the runner that the engine chooses here; takes about 2 s on a CPU."""
+def measure(device: Device, rates: Calibration, engine: type[LLM] = LLM) -> Overhead:
+    """Overhead of a decode step with the runner that the engine chooses here; takes about 2 s on a CPU.
+
+    `engine` is the `LLM` of the phase that is measured.
+    """
     machine, formats = Measured(rates, ridge=1.0, cached=True), Formats(rates.dtype)
     rest: dict[tuple[int, int], float] = {}
     with TemporaryDirectory(prefix="titan-overhead-") as folder:
         for layers in LAYERS:
             path = write_checkpoint(narrow(layers), Path(folder) / str(layers), dtype=rates.dtype)
-            llm = LLM(str(path), device=device.torch_name, dtype=rates.dtype, max_num_seqs=max(BATCHES))
+            llm = engine(str(path), device=device.torch_name, dtype=rates.dtype, max_num_seqs=max(BATCHES))
             for batch in BATCHES:
                 context = PROMPT + NEW_TOKENS // 2
                 work = predict(load_shape(narrow(layers)), machine, batch, context, formats=formats).seconds

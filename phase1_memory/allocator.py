@@ -176,8 +176,12 @@ class BuddyAllocator:
             start = block & -size
             if start in self._free[order]:
                 return True
-        inside = (start for order in range(self._orders) for start in _multiples(block, end, 1 << order)
-                  if start in self._free[order])
+        inside = (
+            start
+            for order in range(self._orders)
+            for start in _multiples(block, end, 1 << order)
+            if start in self._free[order]
+        )
         return next(inside, None) is not None
 
 

@@ -111,7 +111,7 @@ class PagedTorchAttention:
             if self.round_up == 1 and decodes == 1 and neighbours(batch.blocks[0][:pages]):
                 blocks = batch.blocks[0][0]
             else:
-                pages = -(-kv_len // self.round_up) * self.round_up // block_size if self.round_up > 1 else pages
+                pages = -(-(-(-kv_len // self.round_up) * self.round_up) // block_size)
                 missing = max(0, pages - batch.block_tables.shape[1])
                 blocks, kv_len = pad(batch.block_tables[:decodes, :pages], (0, missing)), pages * block_size
             exact = self.round_up == 1 and decodes == 1 and kv_len == batch.kv_lens[0]

@@ -26,6 +26,7 @@ from phase0_prototype.llm import LLM as PrototypeLLM
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.workloads import random_prompts
+from phase1_memory import simulator_cases
 from phase1_memory.allocator import Run, Want
 from phase1_memory.block_tables import Write
 from phase1_memory.llm import LLM
@@ -242,3 +243,13 @@ def _on_step(llm: LLM, look: Any) -> None:
         return step
 
     llm.engine.scheduler.next_step = watched
+
+
+def fragmentation(use: Use) -> float:
+    """Share of the memory given to 1024 simulated requests that holds no token. The solution's, whatever `use`."""
+    return simulator_cases.fragmentation()
+
+
+def batch_over_contiguous(use: Use) -> float:
+    """Simulated batch of pages over that of rows of max_model_len, same memory. The solution's, whatever `use`."""
+    return simulator_cases.batch_over_contiguous()

@@ -94,7 +94,7 @@ class PagedKVCache:
         for i, side in enumerate(sides):
             for to, source in pieces(blocks):
                 out[to, i] = side[source]
-        return out.view(len(blocks), -1).view(torch.uint8)
+        return out.flatten(1).view(torch.uint8)
 
     def write(self, blocks: Sequence[int], data: Tensor) -> None:
         """Put what `read` returned into these blocks."""
