@@ -319,8 +319,8 @@ class _Worker:
             if self._closed:
                 return
             self._closed = True
-            for job in (*self._reads, *self._writes):
-                job.future.cancel()
+            self._reads.clear()
+            self._writes.clear()
             self._changed.notify_all()
         if self._thread is None:
             self._at_end()

@@ -16,7 +16,6 @@ simulator counts that, in one way for all.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Protocol
 
 from phase1_memory.allocator import Allocator, BuddyAllocator, Run, Want
 from phase1_memory.block_tables import runs_of
+from phase1_memory.contiguous import Contiguous, pages, run_of
 from phase1_memory.traces import Job
 
 HEADROOM = 64  # pages that a new request of "pages" would like to have free behind it: 1024 tokens
@@ -81,86 +81,6 @@ class Policy(Protocol):
         ...
 
 
-class Holes:
-    """Free intervals in ascending order, neighbours merged; first fit."""
-
-    def __init__(self, size: int) -> None:
-        self.runs = [Run(0, size)]
-
-    def take(self, length: int) -> Run | None:
-        """The beginning of the first hole that is long enough."""
-        for place, (start, size) in enumerate(self.runs):
-            if size >= length:
-                self.runs[place : place + 1] = [Run(start + length, size - length)] if size > length else []
-                return Run(start, length)
-        return None
-
-    def give(self, run: Run) -> None:
-        """Free an interval."""
-        place = bisect.bisect(self.runs, run)
-        start, end, first, last = run.start, run.start + run.length, place, place
-        if place and sum(self.runs[place - 1]) == start:
-            first, start = place - 1, self.runs[place - 1].start
-        if place < len(self.runs) and self.runs[place].start == end:
-            last, end = place + 1, sum(self.runs[place])
-        self.runs[first:last] = [Run(start, end - start)]
-
-    @property
-    def total(self) -> int:
-        """Free altogether."""
-        return sum(run.length for run in self.runs)
-
-    @property
-    def largest(self) -> int:
-        """The longest hole."""
-        return max((run.length for run in self.runs), default=0)
-
-
-class Contiguous:
-    """One run a request, reserved when it is admitted, of a length that `reserve` knows; it never grows.
-
-    Methods of this class and of the next ones: see `Policy`.
-
-    Args:
-        name: see the module.
-        num_blocks, page: of the memory.
-        reserve: slots for a job.
-    """
-
-    def __init__(self, name: str, num_blocks: int, page: int, reserve: Callable[[Job], int]) -> None:
-        self.name, self.num_blocks, self.page, self._reserve = name, num_blocks, page, reserve
-        self.copied_tokens = 0
-        self.tables: dict[int, range] = {}
-        self._holes = Holes(num_blocks)
-
-    @property
-    def num_free(self) -> int:
-        return self._holes.total
-
-    def need(self, job: Job, tokens: int) -> int:
-        return pages(self._reserve(job), self.page)
-
-    def fits(self, job: Job, tokens: int) -> bool:
-        return self.need(job, tokens) <= self.num_blocks
-
-    def admit(self, request: int, job: Job, tokens: int) -> bool:
-        run = self._holes.take(self.need(job, tokens))
-        if run is not None:
-            self.tables[request] = range(run.start, run.start + run.length)
-        return run is not None
-
-    def grow(self, requests: Sequence[int]) -> list[bool]:
-        """See `Policy`: nothing follows a run that is its own."""
-        return [False] * len(requests)
-
-    def release(self, requests: Sequence[int]) -> None:
-        for request in requests:
-            self._holes.give(_run(self.tables.pop(request)))
-
-    def in_pieces(self, job: Job, tokens: int) -> bool:
-        return self._holes.largest < self.need(job, tokens) <= self._holes.total
-
-
 class BuddyRuns:
     """One run of 2^k pages a request; a full one is doubled, in place where its neighbours are free, else elsewhere.
 
@@ -197,7 +117,7 @@ class BuddyRuns:
         return [self._extend(request) or self._move(request) for request in requests]
 
     def release(self, requests: Sequence[int]) -> None:
-        self._allocator.step([_run(self.tables.pop(request)) for request in requests], [])
+        self._allocator.step([run_of(self.tables.pop(request)) for request in requests], [])
 
     def in_pieces(self, job: Job, tokens: int) -> bool:
         return self._allocator.largest_free_run() < self.need(job, tokens) <= self.num_free
@@ -223,7 +143,7 @@ class BuddyRuns:
         run = self._take(2 * len(table))
         if run:
             self.copied_tokens += len(table) * self.page
-            self._allocator.step([_run(table)], [])
+            self._allocator.step([run_of(table)], [])
             self.tables[request] = run
         return bool(run)
 
@@ -377,11 +297,6 @@ RESERVATIONS: dict[str, Callable[[Job, int], int]] = {
 NAMES = (*RESERVATIONS, "runs", "pages", "vllm")
 
 
-def pages(tokens: int, page: int) -> int:
-    """Blocks of `page` slots that hold so many tokens."""
-    return -(-tokens // page)
-
-
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
@@ -389,7 +304,3 @@ def power_of_two(number: int) -> int:
 
 def _blocks(runs: Sequence[Run]) -> list[int]:
     return [block for run in runs for block in range(run.start, run.start + run.length)]
-
-
-def _run(blocks: range) -> Run:
-    return Run(blocks.start, len(blocks))

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,8 +314,12 @@ def test_blocks_that_are_no_multiple_of_a_sector_go_through_the_page_cache(tmp_p
 
 
 def test_a_request_larger_than_the_bounce_buffer(make: Callable[..., Any]) -> None:
-    store, blocks = make(file=2 * BOUNCE_BYTES // BLOCK + 5), random_blocks(2 * BOUNCE_BYTES // BLOCK + 3)
-    assert store.save("a", blocks.clone())
+    count = 2 * BOUNCE_BYTES // BLOCK + 3
+    store, blocks = make(file=count), random_blocks(count)
+    memory = torch.empty(count * BLOCK + 8192, dtype=torch.uint8)
+    begin = 64 - memory.data_ptr() % 4096 + 4096
+    unaligned = memory[begin : begin + count * BLOCK].view(count, BLOCK)
+    assert store.save("a", unaligned.copy_(blocks))
     settle(store)
     assert torch.equal(store.load("a"), blocks)
 
@@ -330,6 +335,18 @@ def test_an_arena_moves_rows_as_a_list_would() -> None:
 def test_neighbours_move_together() -> None:
     assert list(stretches((1, 2, 3, 6, 8, 9))) == [(0, 1, 3), (3, 6, 1), (4, 8, 2)]
     assert list(stretches(())) == []
+
+
+@pytest.mark.parametrize("tier", ["ram", "file"])
+def test_no_memory_is_held_for_longer_than_it_must(make: Callable[..., Any], tier: str) -> None:
+    store, blocks = make(**{tier: 8}), random_blocks(4)
+    alive = weakref.ref(blocks)
+    assert store.save("a", blocks)
+    del blocks
+    settle(store)
+    if tier == "ram":
+        store.drop("a")
+    assert wait_until(lambda: alive() is None)
 
 
 # Nobody waits (the framework fails these: it does one thing after the other)
@@ -401,6 +418,21 @@ def test_a_host_tensor_is_kept_and_not_copied(make: Callable[..., Any]) -> None:
     address = blocks.data_ptr()
     store.save("a", blocks)
     assert store.load("a").data_ptr() == address
+
+
+def test_what_is_dropped_before_it_was_written_is_never_written(make: Callable[..., Any], disk: Disk) -> None:
+    store, before = make(file=8, disk=disk), disk.begun["write"]
+    disk.hold["write"] = threading.Event()
+    for key in ("begun", "waiting"):
+        store.save(key, random_blocks(2))
+    assert wait_until(lambda: disk.begun["write"] > before)
+    store.drop("waiting")
+    store.drop("begun")
+    assert store.used_blocks == 2, "those of the write that has begun"
+    disk.hold["write"].set()
+    assert wait_until(lambda: store.used_blocks == 0)
+    settle(store)
+    assert disk.begun["write"] == before + 1
 
 
 def test_staging_memory_is_bounded_and_save_waits_for_room(make: Callable[..., Any], disk: Disk) -> None:

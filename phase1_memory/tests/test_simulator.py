@@ -18,7 +18,8 @@ from module0_profiling import plots
 from phase0_prototype.errors import UserError
 from phase1_memory import simulate_commands, simulator_cases, traces
 from phase1_memory.allocator import BuddyAllocator, Run
-from phase1_memory.policies import NAMES, BuddyRuns, Holes, Memory, Pages, VllmBlockManager, make_policy
+from phase1_memory.contiguous import Holes
+from phase1_memory.policies import NAMES, BuddyRuns, Memory, Pages, VllmBlockManager, make_policy
 from phase1_memory.simulator import PRESSURES, Costs, Moment, Replay, Setup, simulate, snapshot_at
 from phase1_memory.traces import Job, Trace
 
