@@ -194,3 +194,8 @@ def _append(found: list[Run], run: Run) -> None:
     if found and found[-1].start + found[-1].length == run.start:
         run = Run(found[-1].start, found.pop().length + run.length)
     found.append(run)
+
+
+def make_allocator(num_blocks: int, headroom: int = 64, kind: str = "auto") -> Allocator:
+    """An allocator of these blocks; kind: "auto", "python" or "rust"."""
+    return BuddyAllocator(num_blocks, headroom)

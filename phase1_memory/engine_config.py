@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phase0_prototype.engine_config import EngineConfig
@@ -38,7 +39,7 @@ class PagedConfig(EngineConfig):
     watermark: float = 0.01
     preemption: str = "recompute"
     swap_bytes: int = GIB
-    offload_dir: str | None = None
+    offload_dir: str | Path | None = None
     offload_bytes: int = 4 * GIB
     allocator: str = "auto"
 
@@ -49,7 +50,8 @@ class PagedConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_size", "num_blocks", "kv_cache_memory_bytes"):
+        _require("block_size", self.block_size, _whole(self.block_size, 1), "a positive integer")
+        for name in ("num_blocks", "kv_cache_memory_bytes"):
             _require(name, value := getattr(self, name), value is None or _whole(value, 1), "a positive integer")
         for name in ("swap_bytes", "offload_bytes"):
             _require(name, value := getattr(self, name), _whole(value, 0), "a number of bytes, 0 or more")
@@ -61,6 +63,8 @@ class PagedConfig(EngineConfig):
             _require(
                 name, value := getattr(self, name), value in known, " or ".join((", ".join(known[:-1]), known[-1]))
             )
+        path = self.offload_dir
+        _require("offload_dir", path, path is None or isinstance(path, str | Path), "a directory or None")
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise UserError("num_blocks and kv_cache_memory_bytes both say how large the cache is: give one of them")
         if self.offload_dir is not None and self.preemption != "swap":

@@ -79,8 +79,8 @@ def plan_memory(
         raise UserError(f"max_model_len {asked} is more than the model's {limit} positions: lower it")
     if memory.free < 0:
         raise UserError(
-            f"{config.model} does not fit: its weights need {-memory.free / 1e9:.1f} GB more than the "
-            f"{memory.total / 1e9:.1f} GB of this {device.type} have free: choose a smaller model or free some memory"
+            f"{config.model} does not fit: its weights need {-memory.free / 1e9:.1f} GB more than is free of the "
+            f"{memory.total / 1e9:.1f} GB here: choose a smaller model or free some memory"
         )
     length = asked or min(limit, DEFAULT_CONTEXT)
     block_bytes = spec.bytes_per_token * page
@@ -100,7 +100,7 @@ def plan_memory(
         if asked is not None or blocks < 1:
             raise UserError(
                 f"a sequence of max_model_len {length} needs {-(-length // page)} blocks of {block_bytes / 1e6:.3g} "
-                f"MB, the KV cache has {max(blocks, 0)}: lower max_model_len, or raise {_larger(config)}"
+                f"MB, the KV cache has {max(blocks, 0)}: lower max_model_len, or raise {_larger(config, device)}"
             )
         length = blocks * page
     return MemoryPlan(blocks, length, block_bytes)
@@ -115,7 +115,9 @@ def _budget(config: PagedConfig, model: ModelConfig, spec: KVSpec, device: torch
     return max(0, int(memory.total * config.gpu_memory_utilization) - used - activations)
 
 
-def _larger(config: PagedConfig) -> str:
+def _larger(config: PagedConfig, device: torch.device) -> str:
+    """The setting that makes the cache larger."""
     if config.num_blocks is not None:
         return "num_blocks"
-    return "kv_cache_memory_bytes" if config.kv_cache_memory_bytes is not None else "gpu_memory_utilization"
+    by_share = device.type == "cuda" and config.kv_cache_memory_bytes is None
+    return "gpu_memory_utilization" if by_share else "kv_cache_memory_bytes"

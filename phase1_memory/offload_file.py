@@ -5,8 +5,8 @@ from its first moment on: whatever happens to the process, the system takes the 
 
 Each block has a CRC-32 that is kept in memory and compared when the block is read. Because the sums are not in the
 file, a block that was never written, an older one, and one from the wrong place are found just like a flipped bit:
-neither needs a stamp of its own. (zlib's CRC-32 runs at 4 GB/s on one core, which is what a fast disk does; a sum of
-products in numpy is twice as fast and misses more. `offload_cases.checksums` measures both.)
+neither needs a stamp of its own. (zlib's CRC-32 is as fast as the disk. A universal sum in numpy is somewhat faster and
+needs random keys of twice a block's size; `offload_cases.checksums` measures both.)
 
 Where the file system takes it, the file is opened past the page cache (O_DIRECT). The page cache would be a second copy
 in the memory that was too small to begin with. `offload_cases.tiers` measures both ways.

@@ -88,7 +88,7 @@ class Scheduler:
         self._arrival[request.request_id] = self._arrived
         self._arrived += 1
         last = self.waiting[-1][-1] if self.waiting else None
-        if last is not None and request.group and last.group == request.group and not last.output_token_ids:
+        if last is not None and _same_prompt(last, request):
             self.waiting[-1].append(request)
         else:
             self.waiting.append([request])
@@ -99,6 +99,7 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Prompts that fit, else one token of every running sequence, after making room for it."""
+        self._plan_again()
         self._resume()
         prompts = () if self.swapped else self._admit()
         if prompts:
@@ -168,6 +169,22 @@ class Scheduler:
         assert made, "admitted more than is free"
         return tuple(chosen)
 
+    def _plan_again(self) -> None:
+        """Put sequences without computed tokens back in the queue: their prompt's step failed, or they are forks that
+        got nothing from their parent."""
+        for request in reversed([r for r in self.running if not r.num_computed_tokens]):
+            self.running.remove(request)
+            self.kv.release(request)
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        """By age; what has no tokens of its own yet joins the rest of its group."""
+        place = bisect.bisect([self._age(group[0]) for group in self.waiting], self._age(request))
+        if place < len(self.waiting) and _same_prompt(request, self.waiting[place][0]):
+            self.waiting[place].insert(0, request)
+        else:
+            self.waiting.insert(place, [request])
+
     def _resume(self) -> None:
         """Bring swapped sequences back, the oldest first, when they fit and their blocks have arrived."""
         while self.swapped and len(self.running) < self.max_num_seqs:
@@ -212,7 +229,7 @@ class Scheduler:
     def _recompute(self, request: Request) -> None:
         self.recomputed_tokens += request.num_computed_tokens
         request.num_computed_tokens = 0
-        self.waiting.appendleft([request])
+        self._queue(request)
 
     def _run(self, request: Request) -> None:
         bisect.insort(self.running, request, key=self._age)
@@ -224,6 +241,15 @@ class Scheduler:
 
     def _age(self, request: Request) -> int:
         return self._arrival[request.request_id]
+
+
+def _same_prompt(request: Request, other: Request) -> bool:
+    """Whether the two are of one group and have nothing but their prompt."""
+    return (
+        bool(request.group)
+        and request.group == other.group
+        and not (request.output_token_ids or other.output_token_ids)
+    )
 
 
 def _next_write(request: Request) -> Write:
