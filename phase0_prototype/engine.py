@@ -107,6 +107,9 @@ class Engine:
         """One forward pass; returns the prompts that got new tokens, each with all of its outputs so far."""
         with span("schedule"):
             step = self.scheduler.next_step()
+        if not step.scheduled:  # nothing to run, and somebody to tell
+            self.scheduler.finish(step, [])
+            return self._answer([], step.rejected, None, time.perf_counter())
         with span("prepare"):
             blocks = [self.kv.blocks(s.request) for s in step.scheduled]
             batch = Batch.build(step, blocks, self.kv.block_size, self.device)

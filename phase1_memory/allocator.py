@@ -1,64 +1,31 @@
-"""Which physical blocks are free: the interface, and a buddy allocator in Python, the reference for the Rust one.
+"""Which physical blocks are free: a buddy allocator in Python, the reference for the one in Rust.
 
 Blocks are numbered 0 .. num_blocks - 1. Free memory is kept as runs of 2^k blocks that begin at a multiple of 2^k. Two
 neighbours of one size whose union begins at a multiple of the double size are buddies: both free, they merge. So a run
 is found, split or merged in O(log n) (Knowlton, "A fast storage allocator", CACM 1965).
 
 Three things are added for a cache that grows by a block at a time. A request names the block that it wants to continue
-after, and gets what is free there first, so that its blocks stay neighbours. A new request begins in a run with
-`headroom` behind it where there is one. And one call serves a whole step of the scheduler.
+after, and gets what is free there first, so that its blocks stay neighbours. A request that begins, or that can't go on
+where it is, goes to a place with `headroom` free blocks where there is one, so that it can stay there. And one call
+serves a whole step of the scheduler.
+
+How far headroom helps is simple arithmetic. With F free blocks and R requests, a request that must move finds about
+2 F / R blocks to grow into: half of the holes are filled by half. Memory that is full leaves nothing to be neighbours
+in. A thousand requests of 37 blocks on average lie in 1.6, 2.6, 5.2 and 11 runs when 70, 80, 90 and 95 % of the blocks
+are taken (`python -m phase1_memory.benchmark allocator`); without headroom, in 18 to 23, and from a free list, in 36.
+More than 64 blocks of headroom, 1024 tokens, changes none of these; 16 is as good from 80 % on, and worse below.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
+from phase0_prototype.errors import UserError
+from phase1_memory.runs import Allocator, Run, Want
 
-class Run(NamedTuple):
-    """Blocks start .. start + length - 1."""
-
-    start: int
-    length: int
-
-
-class Want(NamedTuple):
-    """How many blocks a request needs more, and the last block that it has (-1: it has none)."""
-
-    count: int
-    after: int = -1
-
-
-class OutOfBlocks(Exception):
-    """More blocks were wanted than are free."""
-
-
-class Allocator(Protocol):
-    """What the block manager needs."""
-
-    num_blocks: int
-
-    @property
-    def num_free(self) -> int:
-        """Free blocks."""
-        ...
-
-    def step(self, release: Sequence[Run], wanted: Sequence[Want]) -> list[list[Run] | None]:
-        """Take back `release`, then serve `wanted` in order; each whole or, where not enough is free, not at all (None).
-
-        Raises ValueError when blocks are released that are not in use: nothing is changed then.
-        """
-        ...
-
-    def largest_free_run(self) -> int:
-        """Blocks of the longest run that could be given in one piece."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Options:
-    headroom: int
+log = logging.getLogger(__name__)
 
 
 class BuddyAllocator:
@@ -66,7 +33,7 @@ class BuddyAllocator:
 
     Args:
         num_blocks: any positive number.
-        headroom: blocks that a new request would like to have free behind its first.
+        headroom: blocks that a request would like to have free from where it begins, or begins anew.
     """
 
     def __init__(self, num_blocks: int, headroom: int = 1) -> None:
@@ -75,6 +42,7 @@ class BuddyAllocator:
         self.num_blocks, self.headroom = num_blocks, headroom
         self._orders = num_blocks.bit_length()
         self._free: list[dict[int, None]] = [{} for _ in range(self._orders)]  # start of each free run, newest last
+        self._used = bytearray(num_blocks)  # 1 for each block in use
         self._num_free = 0
         self._put(Run(0, num_blocks))
 
@@ -87,56 +55,60 @@ class BuddyAllocator:
         """Blocks of the longest buddy that is free; 0 when none is."""
         return next((1 << order for order in reversed(range(self._orders)) if self._free[order]), 0)
 
-    def step(self, release: Sequence[Run], wanted: Sequence[Want]) -> list[list[Run] | None]:
-        """See `Allocator`."""
-        self._check(release)
-        for run in release:
-            self._put(run)
-        return [self._serve(want) if 0 <= want.count <= self._num_free else None for want in wanted]
-
     def free_runs(self) -> list[Run]:
         """All free buddies by their start."""
         return sorted(Run(start, 1 << order) for order, starts in enumerate(self._free) for start in starts)
 
+    def step(self, release: Sequence[Run], wanted: Sequence[Want]) -> list[list[Run] | None]:
+        """See `runs.Allocator`."""
+        for want in wanted:
+            if want.count < 0:
+                raise ValueError(refusal(want, self.num_blocks))
+        self._unmark(release)
+        for run in release:
+            self._put(run)
+        return [self._serve(want) if want.count <= self._num_free else None for want in wanted]
+
     def _serve(self, want: Want) -> list[Run]:
         found: list[Run] = []
         left, after = want.count, want.after
-        while left and after >= 0 and (run := self._take_at(after + 1, left)):
-            _append(found, run)
-            left, after = left - run.length, run.start + run.length - 1
-        goal = self.headroom if want.after < 0 else 1
         while left:
-            run = self._take_best(left, max(left, goal))
-            _append(found, run)
-            left -= run.length
-            # what follows the piece belongs to the same hole: go on there before looking elsewhere
-            while left and (more := self._take_at(run.start + run.length, left)):
-                _append(found, more)
-                left, run = left - more.length, more
+            run = self._take_at(after + 1, left) if after >= 0 else None
+            if run is None:
+                run = self._take_best(left)
+            if found and sum(found[-1]) == run.start:
+                found[-1] = Run(found[-1].start, found[-1].length + run.length)
+            else:
+                found.append(run)
+            left, after = left - run.length, run.start + run.length - 1
         return found
 
     def _take_at(self, block: int, most: int) -> Run | None:
         """The largest aligned piece of at most `most` blocks that begins at `block`, if `block` is free."""
-        for order in range(self._orders):
-            start = block & -(1 << order)
-            if start in self._free[order]:
-                del self._free[order][start]
-                aligned = (block & -block).bit_length() - 1 if block else order
-                size = 1 << min(order, aligned, most.bit_length() - 1)
-                self._num_free -= 1 << order
-                self._put(Run(start, block - start))
-                self._put(Run(block + size, start + (1 << order) - block - size))
-                return Run(block, size)
-        return None
+        if block >= self.num_blocks or self._used[block]:
+            return None
+        order = next(k for k in range(self._orders) if (block >> k << k) in self._free[k])
+        start = block >> order << order
+        del self._free[order][start]
+        alignment = (block & -block).bit_length() - 1 if block else order
+        wanted = min(order, alignment, most.bit_length() - 1)
+        while order > wanted:  # keep the half that begins with or holds `block`, and free the other
+            order -= 1
+            half = 1 << order
+            self._free[order][start if block & half else start + half] = None
+            start += block & half
+        size = 1 << wanted
+        self._used[block : block + size] = b"\1" * size
+        self._num_free -= size
+        return Run(block, size)
 
-    def _take_best(self, most: int, goal: int) -> Run:
-        """The first piece of the smallest free run of at least `goal` blocks; else of the largest that there is."""
-        least = min(self._orders - 1, (goal - 1).bit_length())
-        order = next((o for o in range(least, self._orders) if self._free[o]), None)
+    def _take_best(self, most: int) -> Run:
+        """The first piece of the smallest free run with room for `most` and the headroom; else of the largest."""
+        least = min(self._orders - 1, (max(most, self.headroom) - 1).bit_length())
+        order = next((k for k in range(least, self._orders) if self._free[k]), None)
         if order is None:
-            order = next(o for o in reversed(range(least)) if self._free[o])
-        start = next(reversed(self._free[order]))  # the newest: what was just freed is warm
-        run = self._take_at(start, most)
+            order = next(k for k in reversed(range(least)) if self._free[k])
+        run = self._take_at(next(reversed(self._free[order])), most)
         assert run is not None
         return run
 
@@ -145,57 +117,63 @@ class BuddyAllocator:
         start, left = run
         self._num_free += left
         while left:
-            order = min(left.bit_length() - 1, (start & -start).bit_length() - 1 if start else self._orders - 1)
-            size = 1 << order
+            order = min(left.bit_length(), (start & -start).bit_length() if start else self._orders) - 1
             self._merge(start, order)
-            start, left = start + size, left - size
+            start, left = start + (1 << order), left - (1 << order)
 
     def _merge(self, start: int, order: int) -> None:
-        while order + 1 < self._orders:
-            buddy = start ^ (1 << order)
-            if buddy not in self._free[order]:
-                break
+        while (buddy := start ^ (1 << order)) in self._free[order] and order + 1 < self._orders:
             del self._free[order][buddy]
             start, order = min(start, buddy), order + 1
         self._free[order][start] = None
 
-    def _check(self, release: Sequence[Run]) -> None:
-        taken: list[Run] = sorted(release)
-        for run, after in zip(taken, [*taken, Run(self.num_blocks, 0)][1:], strict=True):
-            if run.start < 0 or run.length < 1 or run.start + run.length > self.num_blocks:
-                raise ValueError(f"released {run}: not within the {self.num_blocks} blocks")
-            if run.start + run.length > after.start:
-                raise ValueError(f"released {run} and {after}: they overlap")
-            if self._any_free(run):
-                raise ValueError(f"released {run}: some of it is free already")
-
-    def _any_free(self, run: Run) -> bool:
-        block, end = run.start, run.start + run.length
-        for order in range(self._orders):
-            size = 1 << order
-            start = block & -size
-            if start in self._free[order]:
-                return True
-        inside = (
-            start
-            for order in range(self._orders)
-            for start in _multiples(block, end, 1 << order)
-            if start in self._free[order]
-        )
-        return next(inside, None) is not None
+    def _unmark(self, release: Sequence[Run]) -> None:
+        """Blocks that are released are not in use any more: so a block that is named twice is noticed."""
+        for index, run in enumerate(release):
+            start, end = run.start, run.start + run.length
+            if not 0 <= start < end <= self.num_blocks or self._used.find(0, start, end) >= 0:
+                for start, length in release[:index]:
+                    self._used[start : start + length] = b"\1" * length
+                raise ValueError(refusal(run, self.num_blocks))
+            self._used[start:end] = bytes(run.length)
 
 
-def _multiples(begin: int, end: int, size: int) -> range:
-    return range(-(-begin // size) * size, end, size)
-
-
-def _append(found: list[Run], run: Run) -> None:
-    """Neighbours become one run."""
-    if found and found[-1].start + found[-1].length == run.start:
-        run = Run(found[-1].start, found.pop().length + run.length)
-    found.append(run)
+def refusal(what: Run | Want, num_blocks: int) -> str:
+    """Why an allocator refuses a release or a want, in one line."""
+    if isinstance(what, Want):
+        return f"wanted {what.count} blocks: give 0 or more"
+    if what.length < 1 or what.start < 0 or what.start + what.length > num_blocks:
+        return f"released {what}: not within the {num_blocks} blocks"
+    return f"released {what}: some of it is not in use, or is released twice"
 
 
 def make_allocator(num_blocks: int, headroom: int = 64, kind: str = "auto") -> Allocator:
-    """An allocator of these blocks; kind: "auto", "python" or "rust"."""
-    return BuddyAllocator(num_blocks, headroom)
+    """An allocator of these blocks.
+
+    Args:
+        num_blocks: at least 1.
+        headroom: see the module; 1 packs as tightly as it can.
+        kind: "rust", "python", or "auto": Rust where there is a library or a compiler for it, else Python, and a line
+            in the log says why.
+
+    Raises:
+        UserError: another kind, or Rust was asked for and is not here.
+    """
+    from phase1_memory.rust_allocator import RustBuddyAllocator, why_not_rust
+
+    if kind not in ("auto", "python", "rust"):
+        raise UserError(f"allocator {kind!r} is not known: choose auto, python or rust")
+    why = None if kind == "python" else why_not_rust()
+    if kind == "rust" and why is not None:
+        raise UserError(f"{why}: or choose the allocator in Python")
+    if kind == "python" or why is not None:
+        if why is not None:
+            _say(why)
+        return BuddyAllocator(num_blocks, headroom)
+    return RustBuddyAllocator(num_blocks, headroom)
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Once a process: an engine is made many times in a test or a notebook."""
+    log.warning("The block allocator runs in Python, a step of 1000 requests takes it about 0.1 ms: %s", why)

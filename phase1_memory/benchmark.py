@@ -42,10 +42,10 @@ def simulator(options: Options) -> tuple[Figure, ...]:
     """All policies on all traces, with pictures."""
     sizes = simulator_cases.DRY if options.dry else simulator_cases.FULL
     if not options.dry:
-        folder = rooms.ROOT / "reports" / "figures" / "phase1"
+        folder = rooms.ROOT / "reports" / "figures"
         with options.console.status("drawing"):
-            simulator_cases.draw(simulator_cases.growing(sizes=sizes), folder / "growing.png")
-            simulator_cases.draw(simulator_cases.sharegpt(sizes=sizes), folder / "sharegpt.png")
+            simulator_cases.draw(simulator_cases.growing(sizes=sizes), folder / "phase1-growing.png")
+            simulator_cases.draw(simulator_cases.sharegpt(sizes=sizes), folder / "phase1-sharegpt.png")
     return simulator_cases.simulator(options.console, sizes)
 
 

@@ -20,7 +20,8 @@ class PagedConfig(EngineConfig):
 
     Attributes:
         block_size: tokens in a block of the cache.
-        num_blocks: blocks of the cache. None: from kv_cache_memory_bytes, or as many as fit.
+        num_blocks: blocks of the cache; one more is allocated, for padded rows. None: from kv_cache_memory_bytes, or as
+            many as fit.
         kv_cache_memory_bytes: bytes of the cache. None: on CUDA what gpu_memory_utilization leaves, on a CPU at most
             half of the free memory.
         gpu_memory_utilization: share of a CUDA device's memory that the engine may use, weights included.

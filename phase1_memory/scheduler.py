@@ -79,6 +79,7 @@ class Scheduler:
         self.waiting: deque[list[Request]] = deque()  # groups whose prompt is computed once
         self.running: list[Request] = []  # oldest first
         self.swapped: list[Request] = []  # oldest first
+        self._rejected: list[Request] = []  # named in every step until one of them has been finished
         self._arrival: dict[str, int] = {}
         self._arrived = 0
         self.preemptions = self.recomputed_tokens = 0
@@ -95,7 +96,7 @@ class Scheduler:
 
     def has_unfinished(self) -> bool:
         """Whether there is anything left to run."""
-        return bool(self.waiting or self.running or self.swapped)
+        return bool(self.waiting or self.running or self.swapped or self._rejected)
 
     def next_step(self) -> Step:
         """Prompts that fit, else one token of every running sequence, after making room for it."""
@@ -103,12 +104,11 @@ class Scheduler:
         self._resume()
         prompts = () if self.swapped else self._admit()
         if prompts:
-            return Step(prompts)
-        rejected: list[Request] = []
+            return Step(prompts, tuple(self._rejected))
         while not self.kv.reserve([_next_write(r) for r in self.running]):
-            self._preempt(self.running[-1], rejected)
+            self._preempt(self.running[-1])
         scheduled = tuple(ScheduledRequest(r, r.num_computed_tokens, r.num_new_tokens) for r in self.running)
-        return Step(scheduled, tuple(rejected))
+        return Step(scheduled, tuple(self._rejected))
 
     def finish(self, step: Step, tokens: list[list[int]]) -> list[Request]:
         """Record what a step computed and sampled; returns the requests that ended.
@@ -125,6 +125,7 @@ class Scheduler:
             for token in new:
                 if request.finish_reason is None:
                     request.append(token)
+        self._rejected = [request for request in self._rejected if request not in step.rejected]
         ended = [request for request in step.requests if request.finish_reason is not None]
         for request in ended:
             self._remove(request)
@@ -133,7 +134,9 @@ class Scheduler:
     def abort(self, request: Request, reason: str = "abort") -> None:
         """End a request now, wherever it is, and free what it holds."""
         request.finish_reason = request.finish_reason or reason
-        if request in self.running:
+        if request in self._rejected:
+            self._rejected.remove(request)
+        elif request in self.running:
             self._remove(request)
         elif request in self.swapped:
             self.swapped.remove(request)
@@ -207,12 +210,12 @@ class Scheduler:
             self.kv.write(self.kv.blocks(request)[: len(data)], data)
             self._run(request)
 
-    def _preempt(self, request: Request, rejected: list[Request]) -> None:
+    def _preempt(self, request: Request) -> None:
         """Take everything from a running sequence."""
         assert len(self.running) > 1, "a sequence is larger than the memory"
         if self.pressure == "reject":
             request.finish_reason, request.stop_reason = "abort", REJECTED
-            rejected.append(request)
+            self._rejected.append(request)
             self._remove(request)
             return
         self.preemptions += 1

@@ -1,104 +1,86 @@
 //! The buddy allocator of allocator.py, compiled: the same answers, block for block, behind a C interface.
 //!
 //! Free runs of 2^k blocks are kept in one doubly linked list for each k, newest last, whose links are arrays indexed by
-//! the run's first block. So a run is found, taken out or put in without searching, and nothing is allocated while serving.
+//! the run's first block. So a run is found, taken out or put in without searching, and nothing is allocated in a step.
+//!
+//! Questions and answers are rows of two 64-bit numbers in memory of the caller's: what Python computes with, so that
+//! every number can be checked here before it becomes a block.
 
 const NONE: u32 = u32::MAX;
-const USED: u8 = u8::MAX;
+const INSIDE: u8 = u8::MAX; // no free run begins at this block
+const TOO_SMALL: i64 = i64::MIN;
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(C)]
-pub struct Run {
-    start: u32,
-    length: u32,
-}
-
-#[repr(C)]
-pub struct Want {
-    count: u32,
-    after: i64,
-}
+/// A release is (start, length), a want (count, after), a run of the answer (start, length).
+type Row = [i64; 2];
 
 pub struct Buddy {
     num_blocks: u32,
     headroom: u32,
-    orders: usize,
+    orders: u32,
     num_free: u32,
-    order_of: Vec<u8>, // of the free run that begins at a block; USED where none does
-    previous: Vec<u32>,
-    next: Vec<u32>,
+    used: Vec<bool>,
+    order_of: Vec<u8>, // of the free run that begins at a block
+    links: Vec<[u32; 2]>, // of the free run that begins at a block: older and newer run of its order
     newest: Vec<u32>, // for each order
-    found: Vec<Run>,
-    sorted: Vec<Run>,
 }
 
 impl Buddy {
     fn new(num_blocks: u32, headroom: u32) -> Self {
-        let orders = (32 - num_blocks.leading_zeros()) as usize;
-        let n = num_blocks as usize;
+        let (n, orders) = (num_blocks as usize, num_blocks.ilog2() + 1);
         let mut made = Buddy {
             num_blocks,
             headroom,
             orders,
             num_free: 0,
-            order_of: vec![USED; n],
-            previous: vec![NONE; n],
-            next: vec![NONE; n],
-            newest: vec![NONE; orders],
-            found: Vec::new(),
-            sorted: Vec::new(),
+            used: vec![false; n],
+            order_of: vec![INSIDE; n],
+            links: vec![[NONE; 2]; n],
+            newest: vec![NONE; orders as usize],
         };
         made.put(0, num_blocks);
         made
     }
 
-    fn is_free(&self, start: u32, order: usize) -> bool {
-        (start as usize) < self.order_of.len() && self.order_of[start as usize] == order as u8
+    fn begins_free(&self, start: u32, order: u32) -> bool {
+        self.order_of.get(start as usize) == Some(&(order as u8))
     }
 
-    fn link(&mut self, start: u32, order: usize) {
-        let last = self.newest[order];
-        self.previous[start as usize] = last;
-        self.next[start as usize] = NONE;
+    fn link(&mut self, start: u32, order: u32) {
+        let last = std::mem::replace(&mut self.newest[order as usize], start);
+        self.links[start as usize] = [last, NONE];
         if last != NONE {
-            self.next[last as usize] = start;
+            self.links[last as usize][1] = start;
         }
-        self.newest[order] = start;
         self.order_of[start as usize] = order as u8;
     }
 
-    fn unlink(&mut self, start: u32, order: usize) {
-        let (before, after) = (self.previous[start as usize], self.next[start as usize]);
-        if before != NONE {
-            self.next[before as usize] = after;
+    fn unlink(&mut self, start: u32, order: u32) {
+        let [older, newer] = self.links[start as usize];
+        if older != NONE {
+            self.links[older as usize][1] = newer;
         }
-        if after != NONE {
-            self.previous[after as usize] = before;
+        if newer != NONE {
+            self.links[newer as usize][0] = older;
         } else {
-            self.newest[order] = before;
+            self.newest[order as usize] = older;
         }
-        self.order_of[start as usize] = USED;
+        self.order_of[start as usize] = INSIDE;
     }
 
     /// Free an interval: its aligned pieces, each merged with its buddy as long as that is free too.
     fn put(&mut self, mut start: u32, mut left: u32) {
         self.num_free += left;
         while left > 0 {
-            let largest = (31 - left.leading_zeros()) as usize;
-            let aligned = if start > 0 { start.trailing_zeros() as usize } else { self.orders - 1 };
-            let order = largest.min(aligned);
+            let order = left.ilog2().min(start.trailing_zeros());
             self.merge(start, order);
             start += 1 << order;
             left -= 1 << order;
         }
     }
 
-    fn merge(&mut self, mut start: u32, mut order: usize) {
-        while order + 1 < self.orders {
+    fn merge(&mut self, mut start: u32, mut order: u32) {
+        while order + 1 < self.orders && self.begins_free(start ^ (1 << order), order) {
             let buddy = start ^ (1 << order);
-            if !self.is_free(buddy, order) {
-                break;
-            }
             self.unlink(buddy, order);
             start = start.min(buddy);
             order += 1;
@@ -106,97 +88,119 @@ impl Buddy {
         self.link(start, order);
     }
 
-    /// The largest aligned piece of at most `most` blocks that begins at `block`, if `block` is free.
-    fn take_at(&mut self, block: u32, most: u32) -> Option<Run> {
-        for order in 0..self.orders {
-            let start = block & !((1u32 << order) - 1);
-            if !self.is_free(start, order) {
-                continue;
-            }
-            self.unlink(start, order);
-            let aligned = if block > 0 { block.trailing_zeros() as usize } else { order };
-            let size = 1u32 << order.min(aligned).min((31 - most.leading_zeros()) as usize);
-            self.num_free -= 1 << order;
-            self.put(start, block - start);
-            self.put(block + size, start + (1 << order) - block - size);
-            return Some(Run { start: block, length: size });
+    /// The largest aligned piece of at most `most` blocks that begins at `block`, if `block` is free: its length.
+    fn take_at(&mut self, block: u32, most: u32) -> Option<u32> {
+        if *self.used.get(block as usize)? {
+            return None;
         }
-        None
+        let mut order = (0..self.orders).find(|&k| self.begins_free(block >> k << k, k))?;
+        let mut start = block >> order << order;
+        self.unlink(start, order);
+        let wanted = order.min(block.trailing_zeros()).min(most.ilog2());
+        while order > wanted {
+            // keep the half that begins with or holds `block`, and free the other
+            order -= 1;
+            let half = 1 << order;
+            self.link(if block & half != 0 { start } else { start + half }, order);
+            start += block & half;
+        }
+        let size = 1 << wanted;
+        self.used[block as usize..(block + size) as usize].fill(true);
+        self.num_free -= size;
+        Some(size)
     }
 
-    /// The first piece of the smallest free run of at least `goal` blocks; else of the largest that there is.
-    fn take_best(&mut self, most: u32, goal: u32) -> Run {
-        let least = (self.orders - 1).min((32 - (goal - 1).leading_zeros()) as usize);
-        let order = (least..self.orders)
-            .find(|&o| self.newest[o] != NONE)
-            .or_else(|| (0..least).rev().find(|&o| self.newest[o] != NONE))
-            .expect("enough blocks are free");
-        self.take_at(self.newest[order], most).expect("a free run begins here")
+    /// The first piece of the smallest free run with room for `most` and the headroom; else of the largest.
+    fn take_best(&mut self, most: u32) -> (u32, u32) {
+        let room = most.max(self.headroom);
+        let least = (self.orders - 1).min(room.checked_next_power_of_two().map_or(31, u32::ilog2));
+        let has_one = |&k: &u32| self.newest[k as usize] != NONE;
+        let order = (least..self.orders).find(has_one).or_else(|| (0..least).rev().find(has_one));
+        let block = self.newest[order.expect("enough blocks are free") as usize];
+        (block, self.take_at(block, most).expect("a free run begins here"))
     }
 
-    fn append(&mut self, first: usize, run: Run) {
-        if self.found.len() > first {
-            let last = self.found.last_mut().expect("not empty");
-            if last.start + last.length == run.start {
-                last.length += run.length;
-                return;
-            }
-        }
-        self.found.push(run);
-    }
-
-    fn serve(&mut self, want: &Want) {
-        let first = self.found.len();
-        let (mut left, mut after) = (want.count, want.after);
-        while left > 0 && after >= 0 {
-            let Some(run) = self.take_at(after as u32 + 1, left) else { break };
-            self.append(first, run);
-            left -= run.length;
-            after = i64::from(run.start + run.length) - 1;
-        }
-        let goal = if want.after < 0 { self.headroom } else { 1 };
+    /// Serve a want that fits; the number of runs that are written to `answer`.
+    fn serve(&mut self, count: u32, mut after: i64, answer: &mut [Row]) -> usize {
+        let (mut left, mut runs) = (count, 0);
         while left > 0 {
-            let mut run = self.take_best(left, left.max(goal));
-            self.append(first, run);
-            left -= run.length;
-            while left > 0 {
-                let Some(more) = self.take_at(run.start + run.length, left) else { break };
-                self.append(first, more);
-                left -= more.length;
-                run = more;
+            let next = if after >= 0 { u32::try_from(after.saturating_add(1)).ok() } else { None };
+            let behind = next.and_then(|block| Some((block, self.take_at(block, left)?)));
+            let (block, size) = behind.unwrap_or_else(|| self.take_best(left));
+            let begins = i64::from(block);
+            match answer[..runs].last_mut() {
+                Some(last) if last[0] + last[1] == begins => last[1] += i64::from(size),
+                _ => {
+                    answer[runs] = [begins, i64::from(size)];
+                    runs += 1;
+                }
             }
+            left -= size;
+            after = begins + i64::from(size) - 1;
         }
+        runs
     }
 
-    /// Index in the sorted list of the first run that cannot be released.
-    fn refuse(&mut self, release: &[Run]) -> Option<Run> {
-        self.sorted.clear();
-        self.sorted.extend_from_slice(release);
-        self.sorted.sort_unstable();
-        for (i, run) in self.sorted.iter().enumerate() {
-            let end = u64::from(run.start) + u64::from(run.length);
-            let limit = self.sorted.get(i + 1).map_or(self.num_blocks, |r| r.start);
-            if run.length < 1 || end > u64::from(self.num_blocks) || end > u64::from(limit) || self.any_free(*run) {
-                return Some(*run);
-            }
-        }
-        None
+    /// Blocks of a release, if they are within the memory and all in use.
+    fn in_use(&self, [start, length]: Row) -> Option<std::ops::Range<usize>> {
+        let (begin, length) = (usize::try_from(start).ok()?, usize::try_from(length).ok()?);
+        let blocks = begin..begin.checked_add(length)?;
+        let fine = length > 0 && self.used.get(blocks.clone())?.iter().all(|&used| used);
+        fine.then_some(blocks)
     }
 
-    fn any_free(&self, run: Run) -> bool {
-        let end = run.start + run.length;
-        (0..self.orders).any(|o| self.is_free(run.start & !((1u32 << o) - 1), o))
-            || (run.start..end).any(|b| self.order_of[b as usize] != USED)
+    /// Take the marks of all releases, or of none: the index of the first that cannot be released.
+    fn unmark(&mut self, release: &[Row]) -> Result<(), usize> {
+        for (index, &row) in release.iter().enumerate() {
+            let Some(blocks) = self.in_use(row) else {
+                for [start, length] in &release[..index] {
+                    self.used[*start as usize..(start + length) as usize].fill(true);
+                }
+                return Err(index);
+            };
+            self.used[blocks].fill(false);
+        }
+        Ok(())
+    }
+
+    /// See `buddy_step`.
+    fn step(&mut self, release: &[Row], wanted: &[Row], answer: &mut [Row]) -> i64 {
+        if let Some(bad) = wanted.iter().position(|want| want[0] < 0) {
+            return -1 - (release.len() + bad) as i64;
+        }
+        let all = i64::from(self.num_blocks);
+        let most = wanted.iter().fold(0i64, |sum, want| sum.saturating_add(want[0])).min(all);
+        if answer.len() < wanted.len() + most as usize {
+            return TOO_SMALL;
+        }
+        if let Err(bad) = self.unmark(release) {
+            return -1 - bad as i64;
+        }
+        for [start, length] in release {
+            self.put(*start as u32, *length as u32);
+        }
+        let (heads, runs) = answer.split_at_mut(wanted.len());
+        let mut at = 0;
+        for ([count, after], head) in wanted.iter().zip(heads) {
+            *head = [at as i64, -1];
+            if *count <= i64::from(self.num_free) {
+                let number = self.serve(*count as u32, *after, &mut runs[at..]);
+                head[1] = number as i64;
+                at += number;
+            }
+        }
+        at as i64
     }
 }
 
-/// A new allocator, or null where `num_blocks` or `headroom` is zero.
+/// A new allocator; null where a number is 0 or does not fit 31 bits.
 #[no_mangle]
-pub extern "C" fn buddy_new(num_blocks: u32, headroom: u32) -> *mut Buddy {
-    if num_blocks == 0 || headroom == 0 || num_blocks >= 1 << 31 {
+pub extern "C" fn buddy_new(num_blocks: u64, headroom: u64) -> *mut Buddy {
+    let fits = |number: u64| (1..1 << 31).contains(&number);
+    if !fits(num_blocks) || !fits(headroom) {
         return std::ptr::null_mut();
     }
-    Box::into_raw(Box::new(Buddy::new(num_blocks, headroom)))
+    Box::into_raw(Box::new(Buddy::new(num_blocks as u32, headroom as u32)))
 }
 
 /// # Safety
@@ -218,45 +222,26 @@ pub unsafe extern "C" fn buddy_num_free(buddy: *const Buddy) -> u32 {
 #[no_mangle]
 pub unsafe extern "C" fn buddy_largest(buddy: *const Buddy) -> u32 {
     let buddy = &*buddy;
-    (0..buddy.orders).rev().find(|&o| buddy.newest[o] != NONE).map_or(0, |o| 1 << o)
+    (0..buddy.orders).rev().find(|&k| buddy.newest[k as usize] != NONE).map_or(0, |k| 1 << k)
 }
 
-/// Release, then serve in order. `counts[i]` becomes the number of runs of want i, or -1 where it was not served.
-/// Returns the number of runs, to be read from `*runs` before the next call; -1 - i: the i-th sorted release is refused.
+/// Release, then serve in order. `question` holds the releases and then the wants, `answer` has `room` rows.
+///
+/// Returns the number of runs. The answer's first rows are (index of the first run, number of runs) of each want, -1
+/// where there is not enough for it; then the runs follow. -1 - i: row i of the question is refused; i64::MIN: the
+/// answer may need more room. Nothing has changed then.
 ///
 /// # Safety
-/// The arrays have the lengths that are said; `buddy` is from `buddy_new`.
+/// The arrays are as long as is said, and do not overlap; `buddy` is from `buddy_new`, and only one thread uses it.
 #[no_mangle]
 pub unsafe extern "C" fn buddy_step(
     buddy: *mut Buddy,
-    release: *const Run,
+    question: *const Row,
+    answer: *mut Row,
+    room: usize,
     num_release: usize,
-    wanted: *const Want,
     num_wanted: usize,
-    counts: *mut i32,
-    runs: *mut *const Run,
-    refused: *mut Run,
 ) -> i64 {
-    let buddy = &mut *buddy;
-    let release = if num_release == 0 { &[] } else { std::slice::from_raw_parts(release, num_release) };
-    let wanted = if num_wanted == 0 { &[] } else { std::slice::from_raw_parts(wanted, num_wanted) };
-    if let Some(run) = buddy.refuse(release) {
-        *refused = run;
-        return -1;
-    }
-    for run in release {
-        buddy.put(run.start, run.length);
-    }
-    buddy.found.clear();
-    for (i, want) in wanted.iter().enumerate() {
-        let before = buddy.found.len();
-        if want.count > buddy.num_free {
-            *counts.add(i) = -1;
-            continue;
-        }
-        buddy.serve(want);
-        *counts.add(i) = (buddy.found.len() - before) as i32;
-    }
-    *runs = buddy.found.as_ptr();
-    buddy.found.len() as i64
+    let (release, wanted) = std::slice::from_raw_parts(question, num_release + num_wanted).split_at(num_release);
+    (*buddy).step(release, wanted, std::slice::from_raw_parts_mut(answer, room))
 }

@@ -14,8 +14,11 @@ from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
 from phase0_prototype.kv_cache import KVSpec
 from phase0_prototype.llm import LLM as PrototypeLLM
+from phase0_prototype.request import Request
+from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import Checkpoint
 from phase0_prototype.tests.conftest import checkpoint, one_thread  # noqa: F401  the same fixtures here
+from phase1_memory.block_tables import Write
 from phase1_memory.kv_cache import PagedKVCache
 from phase1_memory.llm import LLM
 
@@ -63,6 +66,35 @@ def make_cache(make_tables: Callable[[int, int], Any]) -> Callable[..., PagedKVC
         return PagedKVCache(spec, make_tables(num_blocks, page), torch.device("cpu"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sharing(make_tables: Callable[[int, int], Any]) -> None:
+    """For tests of what a fork costs. The framework's begin with nothing, which is right, and slow."""
+    tables = make_tables(2, 4)
+    tables.reserve([Write("parent", 0, 4)])
+    if not tables.fork("parent", "child", 4):
+        pytest.skip("forks share no blocks here: task 1.2")
+
+
+@pytest.fixture(scope="session")
+def on_demand(part: Callable[[str], ModuleType], make_cache: Callable[..., PagedKVCache]) -> None:
+    """For tests of what happens when blocks run out: two sequences of one block begin, though both may need two."""
+    scheduler = part("scheduler").Scheduler(make_cache(3, 4), 100, watermark=0)
+    for name in "ab":
+        scheduler.add(Request(name, [1, 2, 3], SamplingParams(), 0, (), 4))
+    if len(scheduler.next_step().scheduled) < 2:
+        pytest.skip("sequences are admitted by their worst case here, so that blocks never run out: task 1.3")
+
+
+@pytest.fixture(scope="session")
+def prompts_once(part: Callable[[str], ModuleType], make_cache: Callable[..., PagedKVCache], sharing: None) -> None:
+    """For tests of prompts that are computed once for several answers."""
+    scheduler = part("scheduler").Scheduler(make_cache(8, 4), 100)
+    for name in "ab":
+        scheduler.add(Request(name, [1, 2, 3], SamplingParams(n=2), 0, (), 4, group="group"))
+    if len(scheduler.next_step().scheduled) > 1:
+        pytest.skip("every sequence of a group computes the prompt here: task 1.3")
 
 
 @pytest.fixture

@@ -222,11 +222,11 @@ def test_names_that_hold_nothing_can_be_released(make_tables):
 
 
 @pytest.fixture
-def world(make_tables):
+def world(make_tables, sharing):
     return World(make_tables(12, 4), sharing=True)
 
 
-def test_blocks_are_shared_in_any_order_of_events_with_the_fewest_copies(make_tables):
+def test_blocks_are_shared_in_any_order_of_events_with_the_fewest_copies(make_tables, sharing):
     run_state_machine_as_test(machine(make_tables, sharing=True), settings=OPTIONS)
 
 
@@ -322,7 +322,7 @@ class Counting(BuddyAllocator):
         return super().step(release, wanted)
 
 
-def test_a_step_of_many_sequences_asks_the_allocator_once(part):
+def test_a_step_of_many_sequences_asks_the_allocator_once(part, sharing):
     allocator = Counting(64)
     world = World(part("block_tables").BlockTables(allocator, 4), sharing=True)
     world.write({f"s{i}": (0, 6) for i in range(8)})
@@ -359,6 +359,7 @@ def test_runs_are_the_same_blocks_in_ascending_order(part, blocks):
     assert all(run.length > 0 for run in runs)
 
 
+@pytest.mark.usefixtures("sharing")
 @settings(deadline=None, derandomize=True)
 @given(BLOCKS)
 def test_neighbours_are_one_run(part, blocks):

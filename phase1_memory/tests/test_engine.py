@@ -6,6 +6,7 @@ Phase 0's own tests compare it to transformers. The fixture `load` checks after 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import random
@@ -17,6 +18,7 @@ from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import CONTEXT, VARIANTS, random_prompt
 from phase1_memory import LLM as NAMED_BY_THE_PACKAGE
 from phase1_memory.llm import LLM
+from phase1_memory.offload_file import FileCalls, FileTier
 from phase1_memory.tests.conftest import is_empty
 
 LENGTHS = (1, 40, 7, 2, 19, 33, 16, 5)
@@ -129,6 +131,7 @@ def test_too_little_memory_changes_no_token(checkpoint, squeezed, prototype, var
     assert said(squeezed(made, name).generate(PROMPTS, PARAMS)) == said(prototype(made).generate(PROMPTS, PARAMS))
 
 
+@pytest.mark.usefixtures("on_demand")
 @pytest.mark.parametrize("name", SQUEEZES)
 def test_the_memory_does_run_out_in_these_tests(made, squeezed, name):
     llm = squeezed(made, name)
@@ -141,27 +144,43 @@ def test_the_memory_does_run_out_in_these_tests(made, squeezed, name):
     assert llm.engine.runner.forward_tokens == tokens + scheduler.recomputed_tokens
 
 
-def run_without_its_file(llm, directory, prompts, params):
-    """Every swapped block is lost: the file is cut to nothing behind the engine's back before each step."""
-    ids = [llm.engine.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    finished = {}
-    while llm.engine.has_unfinished():
-        for file in directory.iterdir():
-            os.truncate(file, 0)
-        finished |= {o.request_id: o for o in llm.engine.step() if o.finished}
-    return [finished[i] for i in ids]
+def unreadable(descriptor, memory, offset):
+    raise OSError(errno.EIO, "the disk does not read")
+
+
+def rotten(descriptor, memory, offset):
+    count = os.preadv(descriptor, memory, offset)
+    memory[0][count // 2] ^= 1
+    return count
+
+
+@pytest.fixture
+def on_a_bad_disk(squeezed, part, tmp_path):
+    """An engine that swaps to a file from which nothing comes back as it was."""
+
+    def get(made, read):
+        engine = squeezed(made, "swap-to-memory")
+        size, device = engine.engine.kv.block_bytes, engine.engine.device
+        tier = FileTier(tmp_path, 100, size, calls=FileCalls(read=read))
+        engine.engine.scheduler.store = part("offload").OffloadStore([tier], size, device)
+        return engine
+
+    return get
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_file_that_loses_everything_changes_no_token(made, squeezed, prototype, tmp_path, n):
+@pytest.mark.parametrize("read", [unreadable, rotten])
+def test_a_disk_that_loses_everything_changes_no_token(made, on_a_bad_disk, prototype, read, n):
     params = [branched(p, n) for p in PARAMS]
-    outputs = run_without_its_file(squeezed(made, "swap-to-a-file"), tmp_path, PROMPTS, params)
+    outputs = on_a_bad_disk(made, read).generate(PROMPTS, params)
     assert said(outputs) == said(prototype(made).generate(PROMPTS, params))
 
 
-def test_a_file_that_loses_everything_is_noticed_and_costs_a_recomputation(made, squeezed, tmp_path, caplog):
-    llm = squeezed(made, "swap-to-a-file")
-    run_without_its_file(llm, tmp_path, PROMPTS, PARAMS)
+@pytest.mark.usefixtures("on_demand")
+@pytest.mark.parametrize("read", [unreadable, rotten])
+def test_a_disk_that_loses_everything_is_noticed_and_costs_a_recomputation(made, on_a_bad_disk, read, caplog):
+    llm = on_a_bad_disk(made, read)
+    llm.generate(PROMPTS * 2, PARAMS * 2)
     assert llm.engine.scheduler.recomputed_tokens > 0
     assert caplog.records and all("\n" not in record.getMessage() for record in caplog.records)
 
@@ -231,6 +250,7 @@ def test_n_answers_may_end_at_different_times(made, load, prototype):
     assert len({len(c.token_ids) for c in outputs[0].outputs}) > 1
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_the_prompt_of_n_answers_is_computed_once(made, load):
     llm = load(made)
     llm.generate(PROMPT, SamplingParams(n=6, max_tokens=9, seed=0))
@@ -244,6 +264,7 @@ def test_prompt_logprobs_of_n_answers_are_there_once(made, load, prototype):
     assert said([output]) == said([right])
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_no_branch_has_a_block_of_its_own_before_it_writes(made, load):
     llm = load(made, num_blocks=40, block_size=8)
     engine = llm.engine
@@ -295,8 +316,8 @@ def test_closing_a_stream_frees_its_blocks(made, load):
 STOPPING = {
     "stop-string": {"stop": ["a", "e", "0", " "]},
     "stop-string-kept": {"stop": ["a", "e", "0"], "include_stop_str_in_output": True},
-    "min-tokens": {"stop": ["a", "e"], "min_tokens": 9},
-    "stop-tokens": {"stop_token_ids": list(range(0, 320, 9)), "min_tokens": 3},
+    "min-tokens": {"stop": ["a", "e"], "min_tokens": 9, "max_tokens": 30},
+    "stop-tokens": {"stop_token_ids": list(range(0, 320, 9)), "min_tokens": 3, "max_tokens": 20},
 }
 
 
@@ -311,6 +332,7 @@ def test_answers_end_where_those_of_phase_0_end(made, squeezed, prototype, name)
 # Rejection
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_a_rejected_answer_says_why_and_the_others_are_whole(made, load, prototype):
     llm = load(made, num_blocks=8, watermark=0, max_model_len=96, preemption="reject")
     outputs = llm.generate(PROMPTS, [greedy(45)] * len(PROMPTS))
@@ -327,6 +349,7 @@ def test_a_rejected_answer_says_why_and_the_others_are_whole(made, load, prototy
     assert all(o.finished for o in outputs)
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_some_of_n_answers_can_be_rejected(made, load):
     llm = load(made, num_blocks=6, watermark=0, max_model_len=96, preemption="reject")
     (output,) = llm.generate(PROMPT, SamplingParams(n=6, max_tokens=60, seed=0))
@@ -385,6 +408,7 @@ def test_a_stream_survives_the_interruption_of_somebody_else(made, squeezed, pro
     llm.engine.abort_all()
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_a_stream_that_is_rejected_in_a_step_that_fails_ends(made, load, monkeypatch):
     """The scheduler has ended it; nobody has told it so yet."""
     llm = load(made, num_blocks=4, block_size=16, watermark=0, max_model_len=64, preemption="reject")

@@ -119,6 +119,7 @@ def test_a_childs_writes_don_t_reach_its_parent_nor_the_parents_the_child(kv):
 # Copies on write
 
 
+@pytest.mark.usefixtures("sharing")
 def test_a_copy_moves_keys_and_values_of_all_layers(kv):
     parent, child = hold(kv, "a", 6), request("b")
     kv.fork(parent, child)
@@ -130,6 +131,7 @@ def test_a_copy_moves_keys_and_values_of_all_layers(kv):
     assert kv.copied_blocks == 1
 
 
+@pytest.mark.usefixtures("sharing")
 def test_many_copies_of_one_step_all_arrive(kv):
     parents = [hold(kv, name, 3) for name in "abc"]
     children = [request(name) for name in "defgh"]

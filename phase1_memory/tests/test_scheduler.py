@@ -76,6 +76,7 @@ class Simulation:
         self.num_blocks, self.page, self.budget, self.seqs, self.store = num_blocks, page, budget, seqs, store
         self.live: list[Request] = []  # oldest first
         self.rejected: list[Request] = []
+        self.untold: list[Request] = []  # rejected in a step that failed: named again in the next
         self.groups = self.count = self.computed_tokens = 0
         self.failed: set[str] = set()  # sequences of steps that were planned and not finished
 
@@ -121,10 +122,12 @@ class Simulation:
         """Plan a step that is never finished: the forward pass raises (no memory, Ctrl-C)."""
         step = self.plan()
         self.failed |= {r.request_id for r in step.requests}
+        self.untold = list(step.rejected)
         return step
 
     def reject(self, requests):
-        for request in requests:
+        assert requests[: len(self.untold)] == tuple(self.untold), "who was rejected in a failed step is forgotten"
+        for request in requests[len(self.untold) :]:
             assert request in self.live and request.request_id not in self.holders()
             assert (request.finish_reason, request.stop_reason) == ("abort", REJECTED)
             self.live.remove(request)
@@ -139,6 +142,7 @@ class Simulation:
         samples = {id(r) for s in step.scheduled if s.samples for r in (s.request, *s.forks)}
         tokens = [[END if dice.random() < ends else 1] if id(r) in samples else [] for r in step.requests]
         ended = self.scheduler.finish(step, tokens)
+        self.untold = []
         assert set(map(id, ended)) == {id(r) for r in step.requests if r.finish_reason is not None}
         self.live = [r for r in self.live if r.finish_reason is None]
         self.computed_tokens += step.num_tokens
@@ -161,7 +165,7 @@ class Simulation:
         by_name = {r.request_id: r for r in self.live}
         assert set(holders) <= set(by_name), "memory of a request that has ended"
         assert self.kv.num_free + len({b for table in holders.values() for b in table}) == self.num_blocks, "leak"
-        assert self.scheduler.has_unfinished() == bool(self.live)
+        assert self.scheduler.has_unfinished() == bool(self.live or self.untold)
         for name, table in holders.items():
             request = by_name[name]
             expected = torch.tensor([self.mark(request, p) for p in range(request.num_computed_tokens)]).double()
@@ -288,6 +292,7 @@ def test_a_sequence_may_use_all_the_memory(simulate):
 # Memory is taken for what is there
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_sequences_are_admitted_by_the_tokens_that_they_have(simulate):
     """Eight prompts of a block each, though their answers could be as long as the memory."""
     world = simulate(num_blocks=10, seqs=8, budget=100, watermark=0)
@@ -297,6 +302,7 @@ def test_sequences_are_admitted_by_the_tokens_that_they_have(simulate):
     assert world.kv.num_free == 2
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_who_ends_makes_room_in_the_next_step(simulate):
     world = simulate(num_blocks=4, page=4, budget=100, watermark=0)
     world.add(8, 1)
@@ -306,6 +312,7 @@ def test_who_ends_makes_room_in_the_next_step(simulate):
     assert world.step().requests == (third,)
 
 
+@pytest.mark.usefixtures("on_demand")
 @pytest.mark.parametrize("watermark", [0.0, 0.01, 0.2, 0.5])
 def test_admission_leaves_the_watermark_to_those_who_run(simulate, watermark):
     world = simulate(num_blocks=20, seqs=20, budget=1000, watermark=watermark)
@@ -315,6 +322,7 @@ def test_admission_leaves_the_watermark_to_those_who_run(simulate, watermark):
     assert world.kv.num_free == math.ceil(watermark * 20)
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_the_watermark_holds_for_those_who_come_back_too(simulate):
     store = Shelf()
     world = simulate(num_blocks=10, page=2, watermark=0.2, budget=100, pressure="swap", store=store, seqs=3)
@@ -339,12 +347,14 @@ def tokens_run(world) -> int:
     return world.computed_tokens
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_the_prompt_of_a_group_is_computed_once(simulate):
     world = simulate(num_blocks=20, budget=100)
     world.add(9, 5, n=4)
     assert tokens_run(world) == 9 + 4 * 4, "the last token of an answer is never computed"
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_groups_that_follow_one_another_do_not_mix(simulate):
     world = simulate(num_blocks=40, budget=100, seqs=10)
     world.add(9, 2, n=3)
@@ -366,6 +376,7 @@ def test_a_group_without_a_name_shares_with_nobody(simulate):
     world.run()
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_a_group_that_is_larger_than_the_batch_comes_in_parts(simulate):
     world = simulate(num_blocks=20, seqs=3, budget=100)
     world.add(6, 4, n=8)
@@ -383,6 +394,7 @@ def test_the_leader_of_a_waiting_group_can_be_aborted(simulate):
     world.run()
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_a_group_shares_its_full_blocks_until_the_end(simulate):
     world = simulate(num_blocks=20, page=4, budget=100)
     world.add(8, 4, n=4)
@@ -402,6 +414,7 @@ def crowd(world, count=4):
     return [world.add(3, 9)[0] for _ in range(count)]
 
 
+@pytest.mark.usefixtures("on_demand")
 @pytest.mark.parametrize("pressure", ["recompute", "swap", "reject"])
 def test_the_youngest_goes_first(simulate, pressure):
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure=pressure, store=Shelf())
@@ -415,6 +428,7 @@ def test_the_youngest_goes_first(simulate, pressure):
     assert gone and gone == requests[-1 : -1 - len(gone) : -1]
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_recompute_forgets_and_computes_again(simulate):
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0)
     requests = crowd(world)
@@ -424,6 +438,7 @@ def test_recompute_forgets_and_computes_again(simulate):
     assert world.computed_tokens == 4 * (3 + 8) + world.scheduler.recomputed_tokens
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_swapped_sequences_come_back_with_everything_they_had(simulate):
     store = Shelf()
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure="swap", store=store)
@@ -436,6 +451,7 @@ def test_swapped_sequences_come_back_with_everything_they_had(simulate):
     assert set(store.prefetched) == set(store.saved), "each was announced before it was loaded"
 
 
+@pytest.mark.usefixtures("on_demand")
 @pytest.mark.parametrize("fault", ["full", "forgetful"])
 def test_a_store_that_keeps_nothing_costs_a_recomputation_and_nothing_else(simulate, fault):
     store = Shelf(**{fault: 1.0})
@@ -447,6 +463,7 @@ def test_a_store_that_keeps_nothing_costs_a_recomputation_and_nothing_else(simul
     assert world.computed_tokens == 4 * (3 + 8) + world.scheduler.recomputed_tokens
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_sequences_that_the_store_has_lost_keep_their_order(simulate):
     store = Shelf(forgetful=1.0)
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure="swap", store=store)
@@ -458,6 +475,7 @@ def test_sequences_that_the_store_has_lost_keep_their_order(simulate):
     world.run()
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_others_run_while_a_sequence_is_on_its_way_back(simulate):
     store = Shelf(slow=1.0)
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure="swap", store=store)
@@ -468,6 +486,7 @@ def test_others_run_while_a_sequence_is_on_its_way_back(simulate):
     assert store.prefetched.total() > store.saved.total(), "it was asked for again and again"
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_a_swapped_sequence_can_be_aborted(simulate):
     store = Shelf()
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure="swap", store=store)
@@ -481,6 +500,7 @@ def test_a_swapped_sequence_can_be_aborted(simulate):
     world.run()
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_rejected_sequences_end_and_the_others_go_on(simulate):
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, pressure="reject")
     requests = crowd(world)
@@ -492,6 +512,7 @@ def test_rejected_sequences_end_and_the_others_go_on(simulate):
     assert all(len(r.output_token_ids) == 9 and r.stop_reason is None for r in kept)
 
 
+@pytest.mark.usefixtures("on_demand")
 @pytest.mark.parametrize("pressure", ["recompute", "swap"])
 def test_a_preempted_sequence_goes_before_those_who_have_not_begun(simulate, pressure):
     world = simulate(num_blocks=6, page=3, budget=100, watermark=0, seqs=3, pressure=pressure, store=Shelf())
@@ -513,6 +534,7 @@ def test_a_group_whose_prompt_failed_is_planned_again(simulate, pressure):
     world.run(most=100)
 
 
+@pytest.mark.usefixtures("on_demand")
 def test_prompts_of_a_step_that_failed_are_planned_again_within_the_budget(simulate):
     """Where a prompt was too much for the memory, trying again with more of them is no remedy."""
     world = simulate(num_blocks=20, budget=10, seqs=8)

@@ -1,0 +1,47 @@
+"""What requests and allocators say to each other: runs of blocks, wants, and the interface of an allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Run(NamedTuple):
+    """Blocks start .. start + length - 1."""
+
+    start: int
+    length: int
+
+
+class Want(NamedTuple):
+    """How many blocks a request needs more, and the last block that it has (-1: it has none).
+
+    `after` is a wish, not a right: an allocator doesn't know who holds what. Whatever block it names, the one behind it
+    is taken if that is free, and nothing else follows from it.
+    """
+
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a want for
+    after: int = -1
+
+
+class Allocator(Protocol):
+    """What the block manager needs."""
+
+    num_blocks: int
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks."""
+        ...
+
+    def step(self, release: Sequence[Run], wanted: Sequence[Want]) -> list[list[Run] | None]:
+        """Take back `release`, then serve `wanted` in order: each whole, or not at all where not enough is free (None).
+
+        Raises:
+            ValueError: blocks are released that are not in use, or fewer than 0 are wanted. Nothing has changed then.
+        """
+        ...
+
+    def largest_free_run(self) -> int:
+        """Blocks of the longest run that could be given in one piece; 0 when nothing is free."""
+        ...
