@@ -9,11 +9,11 @@ after, and gets what is free there first, so that its blocks stay neighbours. A 
 where it is, goes to a place with `headroom` free blocks where there is one, so that it can stay there. And one call
 serves a whole step of the scheduler.
 
-How far headroom helps is simple arithmetic. With F free blocks and R requests, a request that must move finds about
-2 F / R blocks to grow into: half of the holes are filled by half. Memory that is full leaves nothing to be neighbours
-in. A thousand requests of 37 blocks on average lie in 1.6, 2.6, 5.2 and 11 runs when 70, 80, 90 and 95 % of the blocks
-are taken (`python -m phase1_memory.benchmark allocator`); without headroom, in 18 to 23, and from a free list, in 36.
-More than 64 blocks of headroom, 1024 tokens, changes none of these; 16 is as good from 80 % on, and worse below.
+Headroom helps as far as there is any. With F free blocks and R requests, one that must move finds about 2 F / R blocks
+to grow into, for on average every hole is half used up. A thousand requests of 37 blocks, with headroom for 64 blocks,
+1024 tokens, lie in 1.6, 2.6, 7.0 and 15 runs each when 70, 80, 90 and 95 % of the blocks are taken. More headroom
+changes nothing, less than 16 costs where memory is free, and none at all means 18 to 23 runs (`python -m
+phase1_memory.benchmark allocator`). Hence the default of `make_allocator`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 
 from phase0_prototype.errors import UserError
-from phase1_memory.runs import Allocator, Run, Want
+from phase1_memory.runs import Allocator, Run, Want, refusal
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +136,6 @@ class BuddyAllocator:
                     self._used[start : start + length] = b"\1" * length
                 raise ValueError(refusal(run, self.num_blocks))
             self._used[start:end] = bytes(run.length)
-
-
-def refusal(what: Run | Want, num_blocks: int) -> str:
-    """Why an allocator refuses a release or a want, in one line."""
-    if isinstance(what, Want):
-        return f"wanted {what.count} blocks: give 0 or more"
-    if what.length < 1 or what.start < 0 or what.start + what.length > num_blocks:
-        return f"released {what}: not within the {num_blocks} blocks"
-    return f"released {what}: some of it is not in use, or is released twice"
 
 
 def make_allocator(num_blocks: int, headroom: int = 64, kind: str = "auto") -> Allocator:

@@ -57,6 +57,8 @@ class Scenario:
 
     Attributes:
         asked: what was asked of the allocator, by step.
+        live: the requests, oldest first.
+        freed: blocks that go back with the next step.
         refused: wants that did not fit; the request that wanted is ended.
     """
 
@@ -65,7 +67,7 @@ class Scenario:
         self.asked: list[Question] = []
         self.live: list[Growing] = []
         self.refused = 0
-        self._freed: list[int] = []
+        self.freed: list[int] = []
         self._dice = random.Random(seed)
 
     def run(self, steps: int) -> Self:
@@ -87,19 +89,19 @@ class Scenario:
         stay: list[Growing] = []
         for it in self.live:
             if self._dice.random() < 1 / MEAN_OUTPUT:
-                self._freed += it.blocks
+                self.freed += it.blocks
             else:
                 stay.append(it)
         growing = [it for it in stay if (now + it.phase) % PAGE == 0]
         new = [Growing([], self._dice.randrange(PAGE)) for _ in range(self.requests - len(stay))]
         wanted = [Want(1, it.blocks[-1]) for it in growing]
         wanted += [Want(self._dice.randint(1, LONGEST_PROMPT)) for _ in new]
-        release, self._freed, self.live = runs_of(self._freed), [], stay + new
+        release, self.freed, self.live = runs_of(self.freed), [], stay + new
         self.asked.append((release, wanted))
         for it, found in zip([*growing, *new], self.allocator.step(release, wanted), strict=True):
             if found is None:
                 self.refused += 1
-                self._freed += it.blocks
+                self.freed += it.blocks
                 self.live.remove(it)
             for start, length in found or ():
                 it.blocks += range(start, start + length)

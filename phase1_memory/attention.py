@@ -75,7 +75,7 @@ class PagedPlan:
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> PagedPlan:
         """The same plan of decodes with these."""
-        masks = dict(zip(self.masks, tensors[3:], strict=True))
+        masks: dict[int | None, Tensor | None] = dict(zip(self.masks, tensors[3:], strict=True))
         return dataclasses.replace(self, slots=(tensors[0], tensors[1]), blocks=tensors[2], masks=masks)
 
 

@@ -45,3 +45,12 @@ class Allocator(Protocol):
     def largest_free_run(self) -> int:
         """Blocks of the longest run that could be given in one piece; 0 when nothing is free."""
         ...
+
+
+def refusal(what: Run | Want, num_blocks: int) -> str:
+    """Why an allocator refuses a release or a want, in one line."""
+    if isinstance(what, Want):
+        return f"wanted {what.count} blocks: give 0 or more"
+    if what.length < 1 or what.start < 0 or what.start + what.length > num_blocks:
+        return f"released {what}: not within the {num_blocks} blocks"
+    return f"released {what}: some of it is not in use, or is released twice"

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from module0_profiling import rooms
 from phase0_prototype.errors import UserError
-from phase1_memory.allocator import refusal
-from phase1_memory.runs import Run, Want
+from phase1_memory.runs import Run, Want, refusal
 
 SOURCE = Path(__file__).parent / "rust"
 FILES = ("Cargo.toml", "buddy.rs")
@@ -51,10 +50,10 @@ class RustMissing(UserError):
     """No Rust library and no way to build one: one line. The Python allocator does without."""
 
 
-def why_not_rust(build: Path = BUILD) -> str | None:
+def why_not_rust(build: Path | None = None) -> str | None:
     """Why the Rust allocator can't run here, in one line; None when it can. The first call builds it: 1 s."""
     try:
-        library(build)
+        library(build or BUILD)
     except RustMissing as missing:
         return str(missing)
     return None
@@ -66,17 +65,17 @@ class RustBuddyAllocator:
     Args:
         num_blocks: 1 .. 2^31 - 1.
         headroom: see allocator.py.
-        build: where the library is, or is built.
+        build: where the library is, or is built; by default build/rust of the repository.
 
     Raises:
         RustMissing: there is no library, and none can be built.
     """
 
-    def __init__(self, num_blocks: int, headroom: int = 1, *, build: Path = BUILD) -> None:
+    def __init__(self, num_blocks: int, headroom: int = 1, *, build: Path | None = None) -> None:
         if not (1 <= num_blocks < 1 << 31 and 1 <= headroom < 1 << 31):
             raise ValueError(f"num_blocks={num_blocks}, headroom={headroom}: both must be 1 to {(1 << 31) - 1}")
         self.num_blocks, self.headroom = num_blocks, headroom
-        self._library = library(build)
+        self._library = library(build or BUILD)
         self._buddy = ctypes.c_void_p(self._library.buddy_new(num_blocks, headroom))
         self._question = np.zeros((0, 2), np.int64)
         self._make_room(questions=1024, answers=4096)
@@ -153,7 +152,7 @@ def rows(pairs: Sequence[Run] | Sequence[Want]) -> Rows:
 
 
 @functools.cache
-def library(build: Path = BUILD) -> ctypes.PyDLL:
+def library(build: Path) -> ctypes.PyDLL:
     """The library of this source for this machine: loaded, and built before if it is not in `build`.
 
     PyDLL keeps Python's lock during a call, so that two threads cannot be inside one allocator.
@@ -161,9 +160,7 @@ def library(build: Path = BUILD) -> ctypes.PyDLL:
     Raises:
         RustMissing: one line.
     """
-    text = [(SOURCE / name).read_bytes() for name in FILES]
-    digest = hashlib.sha256(b"\0".join([*text, *map(str.encode, RUSTC)])).hexdigest()[:16]
-    file = build / f"libbuddy-{platform.machine()}-{digest}{SUFFIX}"
+    file = file_of(build)
     if not file.exists():
         _build(file)
     try:
@@ -183,6 +180,13 @@ def library(build: Path = BUILD) -> ctypes.PyDLL:
     return found
 
 
+def file_of(build: Path) -> Path:
+    """Where the library of this source for this machine is, or will be: whoever changes the source changes the name."""
+    text = [(SOURCE / name).read_bytes() for name in FILES]
+    digest = hashlib.sha256(b"\0".join([*text, *map(str.encode, RUSTC)])).hexdigest()[:16]
+    return build / f"libbuddy-{platform.machine()}-{digest}{SUFFIX}"
+
+
 def _build(file: Path) -> None:
     """Compile in a folder of its own and move the result to its place: others may do the same at the same time."""
     cargo, rustc = shutil.which("cargo"), shutil.which("rustc")
@@ -199,8 +203,10 @@ def _build(file: Path) -> None:
                 _run([cargo, "build", "--release", "--offline", "--quiet", "--target-dir", str(target)], folder)
             else:
                 _run([str(rustc), *RUSTC, "--out-dir", str(target), "buddy.rs"], folder)
-            made = next(path for path in sorted(target.rglob(f"*buddy{SUFFIX}")) if "deps" not in path.parts)
-            os.replace(made, file)
+            made = [path for path in target.rglob(f"*buddy{SUFFIX}") if "deps" not in path.parts]
+            if not made:
+                raise RustMissing("the Rust compiler says that all is well, and made no library")
+            os.replace(made[0], file)
     except OSError as error:
         raise RustMissing(f"cannot build the Rust allocator in {file.parent}: {error.strerror or error}") from None
 

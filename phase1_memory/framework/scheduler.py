@@ -1,4 +1,4 @@
-"""Admission by the worst case: a sequence starts when all tokens that it could ever have fit, and keeps them to its end.
+"""Admission by the worst case: a sequence starts when all tokens that it could ever have fit, and keeps them.
 
 Nothing can go wrong afterwards, and most of the memory holds nothing.
 """

@@ -1,4 +1,4 @@
-"""What the tests of the paged engine share. `IMPL=mine|framework|solution pytest phase1_memory` says whose parts run."""
+"""What the tests of the paged engine share. `IMPL=mine|framework|solution pytest phase1_memory` says whose run."""
 
 from __future__ import annotations
 

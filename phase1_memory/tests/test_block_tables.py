@@ -12,7 +12,14 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from phase1_memory.allocator import BuddyAllocator
 from phase1_memory.block_tables import Write
@@ -100,7 +107,9 @@ class World:
         return self.blocks(name)[token // page], token % page
 
     def read(self, name):
-        return [self.memory[block][place] for block, place in (self.place(name, t) for t in range(len(self.said[name])))]
+        return [
+            self.memory[block][place] for block, place in (self.place(name, t) for t in range(len(self.said[name])))
+        ]
 
     def snapshot(self):
         tables = self.tables

@@ -469,7 +469,11 @@ def test_a_prompt_that_is_longer_than_the_memory_is_refused(made, load):
 
 def test_bad_prompts_and_params_leave_nothing_behind(made, load):
     llm = load(made, num_blocks=8)
-    for prompts, params in (([PROMPT, [-1]], greedy(2)), ([PROMPT] * 2, [greedy(2)]), ([PROMPT, "", PROMPT], greedy(2))):
+    for prompts, params in (
+        ([PROMPT, [-1]], greedy(2)),
+        ([PROMPT] * 2, [greedy(2)]),
+        ([PROMPT, "", PROMPT], greedy(2)),
+    ):
         with pytest.raises(UserError) as caught:
             llm.generate(prompts, params)
         assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -205,4 +206,4 @@ def test_pieces_cover_the_list_with_runs_that_cannot_be_longer(blocks):
     found = pieces(blocks)
     assert [i for at, _ in found for i in range(at.start, at.stop)] == list(range(len(blocks)))
     assert [block for _, run in found for block in range(run.start, run.stop)] == blocks
-    assert all(a.stop != b.start for (_, a), (_, b) in zip(found, found[1:], strict=False))
+    assert all(a.stop != b.start for (_, a), (_, b) in itertools.pairwise(found))

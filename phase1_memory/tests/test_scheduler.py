@@ -1,5 +1,5 @@
-"""The scheduler as a state machine with too little memory: whoever comes, ends, is aborted, swapped or forgotten, nothing
-is lost, and everybody ends.
+"""The scheduler as a state machine with too little memory: whoever comes, ends, is aborted, swapped or forgotten,
+nothing is lost, and everybody ends.
 
 The model of a model writes (sequence, position) where keys and values go, so that a block that is read by the wrong
 sequence, or comes back from the store as another one, is seen. What a policy promises beyond being right has tests of
@@ -16,7 +16,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from phase0_prototype.batch import Batch
 from phase0_prototype.kv_cache import KVSpec
@@ -253,7 +260,11 @@ def machine(part, make_cache, pressure):
 def test_no_arrival_end_abort_or_loss_breaks_the_invariants(part, make_cache, pressure):
     health = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     options = settings(
-        max_examples=150, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=health,
+        max_examples=150,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=health,
         report_multiple_bugs=False,
     )
     run_state_machine_as_test(machine(part, make_cache, pressure), settings=options)
@@ -422,7 +433,9 @@ def test_the_youngest_goes_first(simulate, pressure):
     gone = []
     while world.live:
         world.step()
-        gone += [r for r in requests if r not in gone and r.finish_reason is None and r.request_id not in world.holders()]
+        gone += [
+            r for r in requests if r not in gone and r.finish_reason is None and r.request_id not in world.holders()
+        ]
         gone += [r for r in world.rejected if r not in gone]
         world.check()
     assert gone and gone == requests[-1 : -1 - len(gone) : -1]
