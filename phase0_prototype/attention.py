@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from phase0_prototype.batch import Batch
+from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ class TorchAttention:
             seq = Sequence(start, start + batch.query_lens[i], rows[i], batch.kv_lens[i])
             start = seq.end
             for w in windows:
-                if seq.kv_len > seq.end - seq.start or (w is not None and seq.kv_len > w):
-                    causal[len(sequences), w] = causal_mask(seq.end - seq.start, seq.kv_len, w, batch.token_ids.device)
+                mask = causal_mask(seq.end - seq.start, seq.kv_len, w, batch.token_ids.device)
+                if mask is not None:
+                    causal[len(sequences), w] = mask
             sequences.append(seq)
         slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
         return AttentionPlan(slots, decodes, rows[0] if rows else 0, kv_len, masks, tuple(sequences), causal)
@@ -165,22 +167,13 @@ class TorchAttention:
         if plan.num_decodes:
             out[: plan.num_decodes] = _decode(spec, q[: plan.num_decodes], keys, values, plan)
         for i, seq in enumerate(plan.sequences):
-            query = q[seq.start : seq.end].transpose(0, 1).unsqueeze(0)  # [1, Hq, q, D]
             mask = plan.causal.get((i, spec.window))
             if seq.kv_len == seq.end - seq.start:  # nothing in the cache before these tokens
                 key, value = k[seq.start : seq.end], v[seq.start : seq.end]
             else:
                 key, value = keys[seq.row, : seq.kv_len], values[seq.row, : seq.kv_len]
-            attended = sdpa(
-                query,
-                key.transpose(0, 1).unsqueeze(0),
-                value.transpose(0, 1).unsqueeze(0),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=spec.scale,
-                enable_gqa=spec.num_heads != spec.num_kv_heads,
-            )
-            out[seq.start : seq.end] = attended[0].transpose(0, 1).flatten(1)
+            attended = causal_attention(q[seq.start : seq.end], key, value, spec.scale, spec.window, mask)
+            out[seq.start : seq.end] = attended.flatten(1)
         return out
 
 
@@ -218,13 +211,3 @@ def decode_mask(seq_lens: Tensor, kv_len: int, window: int | None) -> Tensor:
     if window is not None:
         mask &= position >= length - window
     return mask[:, None, None]
-
-
-def causal_mask(queries: int, kv_len: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, kv_len] bool for queries that are the last tokens of a sequence."""
-    query = torch.arange(kv_len - queries, kv_len, device=device).unsqueeze(1)
-    key = torch.arange(kv_len, device=device)
-    mask = key <= query
-    if window is not None:
-        mask &= key > query - window
-    return mask

@@ -69,6 +69,7 @@ class Batch:
         block_tables: [B, blocks] int64, the cache blocks of each sequence (phase 0: its one row).
         logits_rows: [R] int64, tokens (indices into T) whose logits are wanted.
         query_lens, kv_lens, blocks: the same numbers on the host, so that planning never waits for the device.
+        only_last: whether `logits_rows` are the last tokens of all sequences, one each.
     """
 
     token_ids: Tensor
@@ -81,6 +82,7 @@ class Batch:
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     blocks: tuple[tuple[int, ...], ...]
+    only_last: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -137,4 +139,24 @@ class Batch:
             tuple(s.num_tokens for s in step.scheduled),
             tuple(kv_lens),
             tuple(blocks),
+            wanted == [end - 1 for end in starts[1:]],
+        )
+
+    def last_tokens(self) -> Batch:
+        """The last token of every sequence alone, as if the others had been computed before; needs `only_last`."""
+        assert self.only_last
+        rows = self.logits_rows
+        counts = torch.arange(self.num_seqs + 1, device=rows.device)
+        return Batch(
+            self.token_ids[rows],
+            self.positions[rows],
+            self.slot_mapping[rows],
+            counts,
+            self.seq_lens,
+            self.block_tables,
+            counts[:-1],
+            (1,) * self.num_seqs,
+            self.kv_lens,
+            self.blocks,
+            True,
         )

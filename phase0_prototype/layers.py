@@ -87,9 +87,15 @@ class Attention(nn.Module):
         self.k_norm: RMSNorm | None = norms[1] if norms else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """x [T, hidden] -> [T, hidden]; writes the layer's keys and values into `kv`."""
+        """x [T, hidden] -> [T, hidden], or [R, hidden] of these rows, which `plan` is for; writes the layer's keys and
+        values, of all rows, into `kv`."""
         hq, hkv = self.spec.num_heads, self.spec.num_kv_heads
         qkv = self.qkv(x).view(-1, hq + 2 * hkv, self.spec.head_dim)  # [T, Hq + 2 Hkv, D]
         v = qkv[:, hq + hkv :]
@@ -98,7 +104,8 @@ class Attention(nn.Module):
         else:
             qk = qkv[:, : hq + hkv]
         qk = apply_rope(qk, *rotary)  # q and k in one go: half the operations
-        return self.out(self.backend.run(self.spec, qk[:, :hq], qk[:, hq:], v, kv, plan))
+        q = qk[:, :hq] if rows is None else qk[rows, :hq]
+        return self.out(self.backend.run(self.spec, q, qk[:, hq:], v, kv, plan))
 
 
 class Layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -42,13 +43,19 @@ class DecoderLayer(nn.Module):
         self.mlp = layers.mlp(f"{name}.mlp")
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], kv: tuple[Tensor, Tensor], plan: AttentionPlan
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
+        """[T, hidden] -> [T, hidden]; with `rows`, only those: [R, hidden]. Keys and values are written for all."""
         with span("norm"):
             normed = self.input_norm(x)
         with span("attention"):
-            x = x + self.attention(normed, rotary, kv, plan)
+            attended = self.attention(normed, rotary, kv, plan, rows)
+            x = (x if rows is None else x[rows]) + attended
         with span("norm"):
             normed = self.post_attention_norm(x)
         with span("mlp"):
@@ -78,19 +85,38 @@ class DecoderModel(nn.Module):
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Logits [R, V] of the batch's `logits_rows`, in the model's dtype."""
         plan = self.backend.plan(batch, self.windows, kv.block_size)
-        return self.compute(batch.token_ids, batch.positions, batch.logits_rows, plan, kv)
+        last = self._last_layer(batch, plan, kv) if batch.only_last and batch.num_tokens > batch.num_seqs else None
+        return self.compute(batch.token_ids, batch.positions, batch.logits_rows, plan, kv, last)
+
+    def _last_layer(self, batch: Batch, plan: AttentionPlan, kv: KVCache) -> AttentionPlan | None:
+        """A plan of the sequences' last tokens: of the last layer's output nothing else is used. It writes the keys and
+        values of all. None where they can't be attended to in one call."""
+        found = self.backend.plan(batch.last_tokens(), self.windows, kv.block_size)
+        return None if found.shape is None else replace(found, slots=plan.slots)
 
     def compute(
-        self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor, plan: AttentionPlan, kv: KVCache
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logits_rows: Tensor,
+        plan: AttentionPlan,
+        kv: KVCache,
+        last: AttentionPlan | None = None,
     ) -> Tensor:
-        """The part of `forward` that is only arithmetic: what is compiled or captured."""
+        """The part of `forward` that is only arithmetic: what is compiled or captured.
+
+        With `last`, the last layer computes `logits_rows` only.
+        """
         with span("embedding"):
             x = self.embed_tokens(token_ids)  # [T, hidden]
             rotary = self.rotary(positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, kv.layer(i), plan)
+            if last is not None and i == len(self.layers) - 1:
+                x = layer(x, rotary, kv.layer(i), last, logits_rows)  # [R, hidden]
+            else:
+                x = layer(x, rotary, kv.layer(i), plan)
         with span("norm"):
-            x = self.norm(x[logits_rows])  # [R, hidden]
+            x = self.norm(x if last is not None else x[logits_rows])  # [R, hidden]
         with span("lm_head"):
             return self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
 

@@ -156,7 +156,7 @@ def make_allocator(num_blocks: int, headroom: int = 64, kind: str = "auto") -> A
         raise UserError(f"allocator {kind!r} is not known: choose auto, python or rust")
     why = None if kind == "python" else why_not_rust()
     if kind == "rust" and why is not None:
-        raise UserError(f"{why}: or choose the allocator in Python")
+        raise UserError(f"allocator 'rust' is not here: {why}, or choose 'auto' or 'python'")
     if kind == "python" or why is not None:
         if why is not None:
             _say(why)
@@ -167,4 +167,4 @@ def make_allocator(num_blocks: int, headroom: int = 64, kind: str = "auto") -> A
 @functools.cache
 def _say(why: str) -> None:
     """Once a process: an engine is made many times in a test or a notebook."""
-    log.warning("The block allocator runs in Python, a step of 1000 requests takes it about 0.1 ms: %s", why)
+    log.warning("The block allocator runs in Python, which is slower: %s", why)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase0_prototype.attention import AttentionSpec, causal_mask, decode_mask, write_kv
+from phase0_prototype.attention import AttentionSpec, decode_mask, write_kv
 from phase0_prototype.batch import Batch
+from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class PagedTorchAttention:
         for i in range(decodes, batch.num_seqs):
             length, kv = batch.query_lens[i], batch.kv_lens[i]
             for w in windows:
-                if kv > length or (w is not None and kv > w):
-                    causal[len(sequences), w] = causal_mask(length, kv, w, batch.token_ids.device)
+                mask = causal_mask(length, kv, w, batch.token_ids.device)
+                if mask is not None:
+                    causal[len(sequences), w] = mask
             sequences.append(Sequence(start, start + length, kv, _past(batch, i, block_size)))
             start += length
         slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
@@ -160,16 +162,8 @@ class PagedTorchAttention:
             else:
                 key, value = (_tokens(side, seq.blocks, seq.kv_len) for side in kv)
             mask = plan.causal.get((i, spec.window))
-            attended = sdpa(
-                q[rows].transpose(0, 1).unsqueeze(0),  # [1, Hq, q, D]
-                key.transpose(0, 1).unsqueeze(0),
-                value.transpose(0, 1).unsqueeze(0),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=spec.scale,
-                enable_gqa=spec.num_heads != spec.num_kv_heads,
-            )
-            out[rows] = attended[0].transpose(0, 1).flatten(1)
+            attended = causal_attention(q[rows], key, value, spec.scale, spec.window, mask)
+            out[rows] = attended.flatten(1)
         return out
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase0_prototype.attention import AttentionSpec, causal_mask, write_kv
+from phase0_prototype.attention import AttentionSpec, write_kv
 from phase0_prototype.batch import Batch
+from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class PagedPlan:
     Attributes:
         slots: two of [T] int64, the block and the place in it where each token's key and value are written.
         sequences: all of them.
-        causal: for each (sequence, window) [q, kv] bool.
+        causal: for each (sequence, window) [q, kv] bool; None: plain causal from the first token.
     """
 
     slots: tuple[Tensor, Tensor]
     sequences: tuple[Sequence, ...]
-    causal: dict[tuple[int, int | None], Tensor]
+    causal: dict[tuple[int, int | None], Tensor | None]
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -58,7 +58,7 @@ class PagedPlan:
 
 
 class PagedTorchAttention:
-    """`scaled_dot_product_attention` on gathered blocks; any device, any dtype.
+    """`causal_attention` on gathered blocks; any device, any dtype.
 
     Args:
         round_up: decodes gather a multiple of this many tokens. A compiled or captured step needs few distinct lengths;
@@ -79,7 +79,7 @@ class PagedTorchAttention:
     def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> PagedPlan:
         """Build what layers share."""
         sequences: list[Sequence] = []
-        causal: dict[tuple[int, int | None], Tensor] = {}
+        causal: dict[tuple[int, int | None], Tensor | None] = {}
         start = 0
         for i, (length, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
             for w in windows:
@@ -111,13 +111,6 @@ class PagedTorchAttention:
             # TASK 1.5: a prompt's own keys are at hand; neighbouring blocks can be read where they lie; and the decodes
             # of a batch can share one gather and one call.
             key, value = (torch.cat([side[block] for block in seq.blocks])[: seq.kv_len] for side in kv)
-            attended = sdpa(
-                q[rows].transpose(0, 1).unsqueeze(0),  # [1, Hq, q, D]
-                key.transpose(0, 1).unsqueeze(0),
-                value.transpose(0, 1).unsqueeze(0),
-                attn_mask=plan.causal[i, spec.window],
-                scale=spec.scale,
-                enable_gqa=spec.num_heads != spec.num_kv_heads,
-            )
-            out[rows] = attended[0].transpose(0, 1).flatten(1)
+            attended = causal_attention(q[rows], key, value, spec.scale, spec.window, plan.causal[i, spec.window])
+            out[rows] = attended.flatten(1)
         return out

@@ -215,7 +215,7 @@ class Requests(RuleBasedStateMachine):
 def test_any_order_of_wants_releases_and_mistakes(make):
     run_state_machine_as_test(
         lambda: Requests(make),
-        settings=settings(max_examples=200, stateful_step_count=25, deadline=None, derandomize=True),
+        settings=settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True),
     )
 
 
