@@ -7,7 +7,7 @@ addition is part of the norm; logits are computed for the last token of each seq
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from module0_profiling import attention_costs, costs
 from module0_profiling.costs import Comm
@@ -138,6 +138,27 @@ def step(
         found.append(Operation("all-reduce", "link", Work(0, 0), 2 * shape.layers, comm=reduce))
         found.append(Operation("gather logits", "link", Work(0, 0), comm=gather))
     return found
+
+
+def last_rows_only(whole: list[Operation], last: list[Operation], shape: ModelShape) -> list[Operation]:
+    """A step whose last layer computes only the sequences' last tokens, beyond keys and values: nothing else is used.
+
+    Args:
+        whole: the step.
+        last: a step of one token for each sequence, after all the others.
+        shape: of both.
+    """
+    feed_forward = ("router", "experts", "shared ") if shape.moe_layers else ("gate_up", "silu_mul", "down")
+    single = {operation.name: operation for operation in last}
+    found: list[Operation] = []
+    for operation in whole:
+        used = operation.name == "o_proj" or operation.kind == "attention" or operation.name.startswith(feed_forward)
+        if used and operation.name in single:
+            found.append(replace(operation, times=operation.times - 1))
+            found.append(replace(single[operation.name], name=f"{operation.name}, last layer", times=1))
+        else:
+            found.append(operation)
+    return [operation for operation in found if operation.times]
 
 
 def _attention(shape: ModelShape, batch: int, tokens: int, prefix: int, formats: Formats) -> list[Operation]:

@@ -185,6 +185,9 @@ def predict(
     """
     local = shard(shape, ranks)
     operations = model_costs.step(local, batch, tokens, context - tokens, formats, ranks=ranks)
+    if tokens > 1:  # as this engine does it
+        one = model_costs.step(local, batch, 1, context - 1, formats)
+        operations = model_costs.last_rows_only(operations, one, local)
     parts = tuple((operation, *machine.seconds(operation)) for operation in operations)
     overhead, work = engine.of(shape.layers, batch), sum(seconds for _, seconds, _ in parts)
     return Prediction(

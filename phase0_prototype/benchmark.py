@@ -35,6 +35,7 @@ from module0_profiling.hardware import detect, measured_peaks
 from module0_profiling.results import Figure
 from phase0_prototype import kernel_cases, linear_cases, predict_check, why_slow_cases, workloads
 from phase0_prototype.bandwidth import decode_shares
+from phase0_prototype.cpu_memory import keep_freed_memory
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.llm import LLM
 from phase0_prototype.workloads import SHAPE, TINY, in_turns
@@ -111,6 +112,7 @@ def engines(options: Options) -> tuple[Figure, ...]:
     with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
         peer = workloads.load_transformers(directory, torch.bfloat16, options.device)
         llm = LLM(str(directory), **settings, max_num_seqs=32)
+        keep_freed_memory()  # both gain
         for batch, length, new in cases:
             prompts = workloads.random_prompts(llm.engine.config.vocab_size, [length] * batch)
             subjects = {

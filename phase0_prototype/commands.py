@@ -92,11 +92,13 @@ def run(
 
     from module0_profiling.course.parts import Use, describe
     from phase0_prototype import console, engines
+    from phase0_prototype.cpu_memory import keep_freed_memory
 
     notes = Console(stderr=True, highlight=False)
     chosen = Use.parse(use)
     with notes.status(f"loading {model}"):
         llm = engines.llm_of(phase)(model, use=chosen, **settings or {})
+    keep_freed_memory()
     notes.print(describe(chosen), style="dim")
     for prompt in prompts:
         speed = console.stream(llm, prompt, params)

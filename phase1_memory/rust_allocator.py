@@ -134,7 +134,7 @@ class RustBuddyAllocator:
 
     def _make_room(self, *, questions: int, answers: int) -> None:
         kept = self._question
-        self._question, self._answer = (np.zeros((rows, 2), np.int64) for rows in (questions, answers))
+        self._question, self._answer = (np.zeros((size, 2), np.int64) for size in (questions, answers))
         self._question[: len(kept)] = kept
         self._step = functools.partial(
             self._library.buddy_step,

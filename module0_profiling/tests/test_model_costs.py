@@ -24,6 +24,7 @@ from module0_profiling.model_costs import (
     decode_step,
     kv_bytes,
     kv_bytes_per_token,
+    last_rows_only,
     parameters,
     prefill_step,
     step,
@@ -737,3 +738,12 @@ def test_a_config_without_a_head_dim_has_that_of_transformers(architecture: str)
     raw.pop("head_dim", None)
     shape = load_shape(raw)
     assert parameters(shape) == sum(tensor.numel() for tensor in held(model_of(raw)).values())
+
+
+def test_a_last_layer_of_the_last_tokens_does_the_arithmetic_that_is_used():
+    """Multiplied out by hand for TinyLlama: beyond q, k and v, its last layer has one row for each prompt."""
+    whole, one = prefill_step(TINYLLAMA, 2, 100), decode_step(TINYLLAMA, 2, 100)
+    saved = total(whole).flops - total(last_rows_only(whole, one, TINYLLAMA)).flops
+    products = 2 * (200 - 2) * (2048 * 2048 + 3 * 2048 * 5632)
+    attention = 2 * 2 * 32 * 64 * 2 * (100 * 101 // 2 - 100)
+    assert saved == pytest.approx(products + attention, rel=0.01)

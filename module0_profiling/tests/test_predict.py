@@ -107,7 +107,8 @@ def test_a_calibrated_machine_takes_each_rate_at_the_size_of_the_operation() -> 
     assert seconds == pytest.approx(2 * 640 * 256 / rate_at({10**5: 1e10, 10**6: 1e11}, 640 * 256))
     attention, seconds = parts["attention"]
     assert seconds == pytest.approx(attention.work.bytes / rate_at(RATES.decode, 300))
-    prompt = {o.name: s for o, s, _ in predict(shape, machine, 1, 50, tokens=50).parts}
+    two = replace(shape, layers=2)  # the last attends with its last token only
+    prompt = {o.name: s for o, s, _ in predict(two, machine, 1, 50, tokens=50).parts}
     assert prompt["attention"] == pytest.approx(4 * 4 * 64 * (50 * 51 // 2) / 1e11)
     far = predict(shape, Measured(RATES, ridge=10, cached=False), 1, 300)
     assert {o.name: s for o, s, _ in far.parts}["down"] == pytest.approx(2 * 640 * 256 / 2e10, rel=0.01)

@@ -56,8 +56,8 @@ from phase1_memory.memory_map import MemorySnapshot, cells, image_map, terminal_
 
 MODEL, PAGE = "titan-tiny", 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = plots.COLOURS
-plt.rcParams.update({"figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
+BLUE, ORANGE, GREEN, PINK, SKY, *_, BLACK = plots.COLOURS
+plt.rcParams.update({"figure.dpi": 100, "axes.axisbelow": True})
 
 
 def engine(use: str = "solution", **settings) -> LLM:
@@ -144,12 +144,10 @@ history = {
 }
 fullest = {name: max(seen, key=lambda found: stored_and_given(found)[0]) for name, seen in history.items()}
 
-last = NEW - 2  # of the tokens that a request generates, all but the newest two are stored when its last step begins
-longest_two = sum(length + last for length in LENGTHS[-ROWS:])
-everybody = sum(length + last for length in LENGTHS)
+stored = [length + NEW - 2 for length in LENGTHS]  # before a request's last step: one is to come, the newest waits
 expected = {
-    "rows": (ROWS, longest_two, ROWS * ROW),
-    "blocks": (len(LENGTHS), everybody, PAGE * sum(pages(length + last) for length in LENGTHS)),
+    "rows": (ROWS, sum(stored[-ROWS:]), ROWS * ROW),
+    "blocks": (len(LENGTHS), sum(stored), PAGE * sum(map(pages, stored))),
 }
 occupied = pd.DataFrame(
     {name: (len(found.tables), *stored_and_given(found)) for name, found in fullest.items()},
@@ -170,17 +168,12 @@ for name, found in fullest.items():
 # Both pictures show as much memory. What is pale was given and holds nothing. A row is pale nearly to its end, and no
 # third request can have any of it; in blocks only the last of a request is pale.
 #
-# What is that worth? Steps: a request that waits for a row takes part in none.
+# What is that worth? Steps: a request that waits for a row takes part in none. **Predict** how many each engine needs.
 
 # %%
-ran = {name: [len(found.tables) for found in seen] for name, seen in history.items()}
-figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-for (name, running), colour, style in zip(ran.items(), (ORANGE, BLUE), ("--", "-"), strict=True):
-    axes.plot(running, style, color=colour, label=f"{name}: {len(running)} steps")
-axes.set(xlabel="step", ylabel="requests that run", ylim=(0, None), title="The same 24 requests in the same memory")
-axes.legend()
-plt.show()
-assert len(ran["rows"]) > 4 * len(ran["blocks"])
+steps = {"rows": in_rows.engine.runner.forward_passes, "blocks": in_blocks.engine.runner.forward_passes}
+assert steps == {"rows": len(LENGTHS) // ROWS * NEW, "blocks": NEW}
+print(f"steps for the same {len(LENGTHS)} requests in the same memory: {steps['rows']} and {steps['blocks']}")
 
 # %% [markdown]
 # ## 2. What does a step pay for reading through a table?
@@ -265,7 +258,8 @@ for (who, batch), (llm, selects, cats, gathers, copied) in cases.items():
         "all operations but views": reads.total,
     }
 print("every prediction is exact")
-table(pd.DataFrame(rows).T, {"MB copied": "{:.2f}", **dict.fromkeys(list(next(iter(rows.values())))[:3], "{:.0f}")})
+counted = pd.DataFrame(rows).T
+table(counted, {**dict.fromkeys(counted, "{:,.0f}"), "MB copied": "{:.2f}"})
 
 # %% [markdown]
 # With eight sequences both copy the *same* bytes. The gather does it with sixteen calls in place of thousands: it saves
@@ -306,16 +300,17 @@ talk = pd.DataFrame([allocator_calls(llm) for llm in (framework, solution)], ["f
 print(f"predicted: framework 2 x {blocks_in_all} blocks = {2 * blocks_in_all}, solution at most one a step")
 assert talk.loc["framework", "calls"] == 2 * blocks_in_all
 assert talk.loc["solution", "most in a step"] <= 1
+assert talk.loc["solution", "pieces a request"] < 1.5 < talk.loc["framework", "pieces a request"]
 table(talk, {"pieces a request": "{:.2f}"})
 
 # %% [markdown]
-# The free list had the memory of the last run in the order in which it came back, which is no order; every reuse
-# shuffles it further. The buddy allocator merges what comes back, and puts a request where it can go on.
+# The free list hands memory out in the order in which it came back, and every use shuffles it further. The buddy
+# allocator merges what comes back, and puts a request where it can go on.
 #
 # ### Where a step's time goes
 #
-# One decode step of the eight sequences, for both. The upper row is what the engine does, the lower what torch does for
-# it. **Look for** the colour that nearly goes away.
+# One decode step of the eight sequences, for both. Grey is what the engine does (nearly all of it the model's forward),
+# below it is what torch does for it. **Expect** fewer fetches. **Look for** a second colour that shrinks with them.
 
 # %%
 KINDS = {  # kind of operation -> colour, words in the names of its operations
@@ -358,16 +353,17 @@ def quickest_step(trace: traces.Trace) -> tuple[float, float]:
 
 def draw(axes, trace: traces.Trace, begin: float, title: str) -> None:
     """The engine's stages, torch's operations (callers below what they call), and on a GPU its kernels."""
-    for stage, shade in zip(STAGES, itertools.cycle(("0.75", "0.9"))):
-        found = trace.ranges[trace.ranges["name"] == stage]
-        axes.broken_barh(list(zip((found["start"] - begin) * 1e3, found["duration"] * 1e3)), (0.6, 0.8), color=shade)
+
+    def bars(events) -> list[tuple[float, float]]:
+        return list(zip((events["start"] - begin) * 1e3, events["duration"] * 1e3, strict=True))
+
+    for stage, shade in zip(STAGES, ("0.75", "0.9") * 3, strict=True):
+        axes.broken_barh(bars(trace.ranges[trace.ranges["name"] == stage]), (0.6, 0.8), color=shade)
     lower = {"torch": trace.cpu_ops} | ({"GPU": trace.kernels} if len(trace.kernels) else {})
-    for place, ops in enumerate(lower.values()):
-        bars = list(zip((ops["start"] - begin) * 1e3, ops["duration"] * 1e3))
-        colours = [KINDS[kind_of(name)][0] for name in ops["name"]]
-        axes.broken_barh(bars, (-0.4 - place, 0.8), facecolors=colours, linewidth=0)
+    for place, events in enumerate(lower.values()):
+        colours = [KINDS[kind_of(name)][0] for name in events["name"]]
+        axes.broken_barh(bars(events), (-0.4 - place, 0.8), facecolors=colours, linewidth=0)
     axes.set(yticks=[1, *range(0, -len(lower), -1)], yticklabels=["engine", *lower], title=title, xlabel="time, ms")
-    axes.grid(False)
 
 
 recordings = {"framework": recorded(framework), "solution": recorded(solution)}
@@ -384,37 +380,38 @@ figure.legend(handles, KINDS, loc="outside lower center", ncols=len(KINDS), font
 plt.show()
 
 # %% [markdown]
-# The same as tables: operations by the time that they take themselves, without those that they call. *Busy* is the
-# share of the recording in which an operation (on a GPU: a kernel) ran. The profiler makes each operation longer, so
-# the many small ones look worse here than they are.
+# The same as tables: the time that operations take themselves, without those that they call. *Busy* is the share of the
+# recording in which an operation (on a GPU: a kernel) ran. The profiler makes each operation longer, so the many small
+# ones look worse here than they are.
 
 # %%
-shares, slowest = {}, {}
+totals = {}
 for name, trace in recordings.items():
     own = trace.kernels if len(trace.kernels) else traces.self_times(trace)
     by_kind = own.groupby(own["name"].astype(str).map(kind_of))["duration"].sum().reindex(list(KINDS), fill_value=0.0)
-    shares[name] = {
+    totals[name] = {
         "operations a step": len(own) / STEPS,
         "busy": traces.busy(trace).share,
-        **(by_kind / by_kind.sum()).to_dict(),
+        **{f"{kind}, ms": seconds / STEPS * 1e3 for kind, seconds in by_kind.items()},
     }
-    slowest[name] = traces.by_time(own, 6).assign(calls=lambda top: top["calls"] / STEPS, name=lambda t: t["name"])
-summary = pd.DataFrame(shares).T
-display(table(summary, {"operations a step": "{:,.0f}", **dict.fromkeys(["busy", *KINDS], "{:.0%}")}))
-for name, top in slowest.items():
+    top = traces.by_time(own, 6)
+    shown = {
+        "operation": top["name"].astype(str).str.slice(0, 56),
+        "calls a step": top["calls"] / STEPS,
+        "µs a step": top["total"] / STEPS * 1e6,
+        "share": top["share"],
+    }
     print(name)
-    shown = pd.DataFrame(
-        {
-            "operation": top["name"].astype(str).str.slice(0, 56),
-            "calls a step": top["calls"],
-            "µs a step": top["total"] / STEPS * 1e6,
-            "share": top["share"],
-        }
-    )
-    display(table(shown, {"calls a step": "{:.0f}", "µs a step": "{:,.0f}", "share": "{:.0%}"}))
-assert summary.loc["framework", "operations a step"] > 2 * summary.loc["solution", "operations a step"]
+    display(table(pd.DataFrame(shown), {"calls a step": "{:.0f}", "µs a step": "{:,.0f}", "share": "{:.0%}"}))
+totals = pd.DataFrame(totals).T
+assert totals.loc["framework", "operations a step"] > 2 * totals.loc["solution", "operations a step"]
+table(totals, {"operations a step": "{:,.0f}", "busy": "{:.0%}", **{f"{kind}, ms": "{:.2f}" for kind in KINDS}})
 
 # %% [markdown]
+# The fetches are by far the most calls. But a call of attention is dearer than a fetch, and those became fewer too: the
+# framework attends for each sequence on its own, eight times a layer. With the sequences gathered side by side, one
+# call serves all of them. The gather copies as much as before, and it pays twice.
+#
 # ### The ladder
 #
 # Three engines. All have the scheduler and the block tables of the solution; they differ in two parts only:
@@ -490,11 +487,6 @@ predicted = {
 }
 
 
-def answer(llm: LLM, batch: int, context: int) -> None:
-    """The timed work: only decode steps would be less of it, so the prompts are short beside the answers' steps."""
-    run_ours(llm, random_prompts(config.vocab_size, [context] * batch), ANSWER)
-
-
 def decode_seconds(pair: dict[str, LLM], batch: int, context: int) -> dict[str, list[float]]:
     """Seconds of a decode step of each engine, a number a round; the engines take turns."""
     asked = random_prompts(config.vocab_size, [context] * batch)
@@ -526,12 +518,12 @@ table(ladder, {"predicted x": "{:.2f}", "measured x": "{:.2f}"})
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for axes, seconds, title in zip(panels, (steps_of_8, steps_of_1), ladder["workload"], strict=True):
     medians = [float(np.median(values)) * 1e3 for values in seconds.values()]
-    for place, (height, colour, hatch) in enumerate(zip(medians, (ORANGE, SKY, GREEN), plots.HATCHES)):
-        axes.bar_label(axes.bar(place, height, color=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.6), fmt="%.2f")
+    for place, height in enumerate(medians):
+        style = {"color": (ORANGE, SKY, GREEN)[place], "hatch": plots.HATCHES[place], "edgecolor": BLACK}
+        axes.bar_label(axes.bar(place, height, **style), fmt="%.2f")
     axes.set_xticks(range(len(seconds)), list(seconds))
     axes.set(ylabel="a decode step, ms", title=title)
     axes.margins(y=0.15)
-    axes.grid(False, axis="x")
 plt.show()
 
 # %% [markdown]
@@ -557,12 +549,12 @@ TOKENS = 32 * 1024
 generator = torch.Generator().manual_seed(0)
 
 
-def random(*shape: int) -> torch.Tensor:
+def noise(*shape: int) -> torch.Tensor:
     """Numbers in the model's dtype, on its device."""
     return torch.randn(*shape, generator=generator).to(DEVICE, spec.dtype)
 
 
-cache_of_layer = tuple(random(TOKENS // PAGE, PAGE, HEADS.num_kv_heads, HEADS.head_dim) for _ in "kv")
+cache_of_layer = tuple(noise(TOKENS // PAGE, PAGE, HEADS.num_kv_heads, HEADS.head_dim) for _ in "kv")
 
 
 def attention(who: str, batch: int, *, scattered: bool):
@@ -573,8 +565,8 @@ def attention(who: str, batch: int, *, scattered: bool):
     requests = [Request(str(i), [0] * length, SamplingParams(), 0, (), 1) for i in range(batch)]
     step = Step(tuple(ScheduledRequest(request, length - 1, 1) for request in requests))
     plan = backend.plan(Batch.build(step, tables, PAGE, torch.device(DEVICE)), frozenset({None}), PAGE)
-    q = random(batch, HEADS.num_heads, HEADS.head_dim)
-    k, v = (random(batch, HEADS.num_kv_heads, HEADS.head_dim) for _ in "kv")
+    q = noise(batch, HEADS.num_heads, HEADS.head_dim)
+    k, v = (noise(batch, HEADS.num_kv_heads, HEADS.head_dim) for _ in "kv")
     return lambda: backend.run(HEADS, q, k, v, cache_of_layer, plan)
 
 
@@ -597,7 +589,7 @@ for name, (_, batch) in variants.items():
         "FLOP/byte": work.intensity,
         "MB needed": work.bytes / 1e6,
         "MB moved": moved / 1e6,
-        "highest share of the roof": roof.seconds(work) / (moved / roof.bandwidth),
+        "highest share of the roof": roof.seconds(work) / max(roof.seconds(work), moved / roof.bandwidth),
         "reached": roof.seconds(work) / seconds,
         "ms": seconds * 1e3,
     }
@@ -608,13 +600,15 @@ in_place = ratio(timings["one gather, 1 x 32,768"], timings["read in place, 1 x 
 print(f"read in place is {in_place:.1f} x as fast as one gather; bytes alone would make it 3 x")
 assert in_place > 1.1
 formats = {"FLOP/byte": "{:.1f}", "MB needed": "{:.0f}", "MB moved": "{:.0f}", "ms": "{:.2f}"}
-table(pd.DataFrame(rows).T, {**formats, "highest share of the roof": "{:.0%}", "reached": "{:.0%}"})
+table(pd.DataFrame(rows).T, {**formats, "highest share of the roof": "{:.0%}", "reached": "{:.1%}"})
 
 # %% [markdown]
-# A third of the roof is the most that any gather can reach, however well it is written. (A processor whose cache holds
-# all of these bytes may stand above its memory's roof.) A batch always has to gather here: its sequences are as long as
-# they are, and do not lie one behind the other. Phase 3 writes kernels that follow the table while they attend; then
-# nobody copies anything.
+# About a third of the roof is the most that any gather can reach, however well it is written, unless the processor's
+# own cache holds all of these bytes. Where even the point in place lies far below the roof, it is not the memory that
+# holds it down but the library's attention: the gather's bytes are then a smaller part of a longer time.
+#
+# A batch always gathers here: its sequences do not lie at even distances, as rows do. Phase 3 writes kernels that
+# follow the table while they attend; then nobody copies anything.
 
 # %% [markdown]
 # ## 3. What do eight answers to one prompt share?
@@ -648,6 +642,7 @@ def branch(llm: LLM) -> tuple[dict[str, int], list[MemorySnapshot], list[list[in
         pass
     counts = dict(zip(("tokens computed", "blocks before", "blocks after"), (computed, *taken), strict=True))
     counts["blocks copied"] = kv.copied_blocks - copied
+    counts["bytes copied"] = counts["blocks copied"] * kv.block_bytes
     return counts, found, [completion.token_ids for completion in outputs[0].outputs]
 
 
@@ -659,14 +654,17 @@ wanted = {
     "framework": {"tokens computed": N * PROMPT, "blocks before": N * reserved, "blocks after": N * reserved},
     "solution": {"tokens computed": PROMPT, "blocks before": full + 1, "blocks after": full + N},
 }
-wanted["framework"]["blocks copied"] = 0
-wanted["solution"]["blocks copied"] = N - 1  # the last of the eight has the block to itself by then
+copies = {"framework": 0, "solution": N - 1}  # the last of the eight has the block to itself by then
+for name, number in copies.items():
+    wanted[name] |= {
+        "blocks copied": number,
+        "bytes copied": number * PAGE * SIDES * spec.num_kv_heads * spec.head_dim * 4,
+    }
 assert {name: counts for name, (counts, *_) in results.items()} == wanted and begun
 said = [tokens for *_, tokens in results.values()]
 assert said[0] == said[1] and len(set(map(tuple, said[0]))) > 1
 print("every prediction is exact, and both engines say the same eight things")
-print(f"copy-on-write moved {(N - 1) * BLOCK_BYTES / 1e3:,.0f} kB in {dtype}; seven more prompts would have been")
-print(f"{(N - 1) * PROMPT} tokens through the model")
+print(f"{copies['solution']} blocks are copied so that {(N - 1) * PROMPT} tokens need not be computed")
 pd.DataFrame(wanted)
 
 # %%
@@ -691,8 +689,8 @@ assert sorted(cell.references for cell in cells(after) if cell.references) == [1
 # * *swapped* to main memory and back;
 # * swapped to a *file* and back, where main memory is short too.
 #
-# **Predict** the price of one token of the victim: a token through the model costs about two FLOPs a weight; a token
-# moved costs its bytes, out and in. At the peaks of this machine, which is cheaper?
+# **Predict** the price of one token of the victim: a token through the model costs two FLOPs a weight; a token moved
+# costs its bytes, out and in. At the rates of this machine, which is cheaper?
 
 # %%
 COUNT, GROW = 12, 48
@@ -703,11 +701,14 @@ plain = engine(dtype="float32", num_blocks=2 * need, max_model_len=scarce * PAGE
 wide = plain.engine.model.kv_spec  # of float32
 parameters = plain.engine.model.weight_bytes / wide.dtype.itemsize
 recompute_seconds = 2 * parameters / peaks.matmul.get("float32", roof.flops)
-swap_seconds = 2 * 2 * wide.bytes_per_token / peaks.copy_bandwidth  # out and in; a copy reads and writes
-print(f"{need} blocks are needed at once, {scarce} are there: {need - scarce} sequences' worth of blocks too few")
+here = torch.zeros(1 << 26, dtype=torch.uint8, device=DEVICE)
+there = torch.zeros(1 << 26, dtype=torch.uint8, pin_memory=DEVICE == "cuda")
+copying = interleave({"out": lambda: there.copy_(here)}, rounds=3, device=DEVICE)["out"].best / here.nbytes
+swap_seconds = 2 * wide.bytes_per_token * copying  # out and in
+print(f"{need} blocks are needed at once, {scarce} are there")
 print(f"recompute a token: {2 * parameters / 1e6:.1f} MFLOP, at least {recompute_seconds * 1e6:.2f} µs")
 print(f"swap a token: {2 * wide.bytes_per_token / 1e3:.1f} kB, at least {swap_seconds * 1e6:.2f} µs")
-print(f"by the peaks, swapping is {recompute_seconds / swap_seconds:.1f} x cheaper")
+print(f"swapping is {recompute_seconds / swap_seconds:.1f} x cheaper, if nothing but FLOPs and bytes counts")
 
 
 # %%
@@ -745,6 +746,7 @@ def under_pressure(llm: LLM) -> tuple[dict[str, float], list[list[int]], MemoryS
             seen.append(snapshot(llm.engine))
     costs = {
         "seconds": time.perf_counter() - began,
+        "steps": runner.forward_passes,
         "most at once": most,
         "preemptions": scheduler.preemptions,
         "tokens through the model": runner.forward_tokens,
@@ -779,12 +781,10 @@ formats = {"seconds": "{:.2f}", "MB out": "{:.2f}", "MB in": "{:.2f}"}
 table(costs, {**dict.fromkeys(costs, "{:,.0f}"), **formats})
 
 # %% [markdown]
-# Who recomputes pays in tokens and in nothing else, who swaps pays in bytes: the last four columns are exact, and every
-# byte that went out came back. Seconds are for this one run. Most of what the scarce engines lose against plenty is
-# neither: they have fewer sequences in a step, so that there are more steps. Recomputing looks cheap here because it
-# happens in a single step for all of a sequence's tokens, and a model this small does the work while the calls are
-# made. The arithmetic above grows with the weights, the bytes of a token with layers and heads: on a large model the
-# difference is what the ratio says.
+# Who recomputes pays in tokens and in nothing else, who swaps pays in bytes; every byte that went out came back. That
+# much is exact. Seconds are of this one run, and on a model this small they hardly tell the three apart. Most of what
+# they lose against plenty is neither tokens nor bytes: fewer sequences run together, so there are more steps. The two
+# prices above differ on every model: FLOPs a token grow with its weights, bytes a token with its layers and heads.
 #
 # This is the memory after the first victim has left (`recompute`). Letters are requests, small ones blocks that are not
 # full yet:
@@ -814,14 +814,14 @@ from phase1_memory.policies import power_of_two
 SIZES = simulator_cases.Sizes(alive=1000, steps=1000)
 simulations = simulator_cases.growing(("max", "oracle", "runs", "pages"), SIZES)
 
-stored, rounded, doubled = (np.zeros(SIZES.steps, np.int64) for _ in range(3))
+tokens_of, rounded, doubled = (np.zeros(SIZES.steps, np.int64) for _ in range(3))
 for job in workloads.growing(0, SIZES.alive, SIZES.steps).jobs:
     life = slice(job.arrival, min(job.arrival + job.output, SIZES.steps))
     tokens = job.prompt + 1 + np.arange(life.stop - life.start)
-    stored[life] += tokens
+    tokens_of[life] += tokens
     rounded[life] += PAGE * -(-tokens // PAGE)
     doubled[life] += PAGE * np.array([power_of_two(pages(int(count))) for count in tokens])
-expected = {"pages": 1 - stored.sum() / rounded.sum(), "runs": 1 - stored.sum() / doubled.sum()}
+expected = {"pages": 1 - tokens_of.sum() / rounded.sum(), "runs": 1 - tokens_of.sum() / doubled.sum()}
 found = {name: simulation.summary for name, simulation in simulations.items()}
 most = simulator_cases.ROOMY.tokens // 2048
 assert found["max"].largest_batch == most
@@ -836,17 +836,19 @@ table(compared, {**shown, "mean_batch": "{:,.0f}", "copied_tokens": "{:,.0f}", "
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    drawn = simulator_cases.draw(simulations, Path(folder) / "growing")
-    for png in (path for path in drawn if path.suffix == ".png" and not path.stem.endswith("waste")):
-        display(Image(png.read_bytes()))
+    three = {name: simulation for name, simulation in simulations.items() if name != "max"}
+    simulator_cases.draw(three, Path(folder) / "growing")
+    display(Image((Path(folder) / "growing-memory.png").read_bytes()))
 assert found["pages"].fragmentation < 0.04 < found["runs"].fragmentation < found["max"].fragmentation
 assert found["pages"].mean_batch > 2 * found["max"].mean_batch
+assert found["oracle"].external > 0 == found["pages"].external
 
 # %% [markdown]
-# Rows of the longest length fill the memory with what might come, and more than half of the requests wait. Even who
-# knew the future could not run all of them: what a request needs in the end it does not need now. Runs that double take
-# memory as they grow, and pay with a third of it and by moving what is in the way. Pages waste half of a block for each
-# request, and that is all; with room around them, the buddy allocator keeps nearly every request in one piece besides.
+# Rows of the longest length are full of what might come, and more than half of the requests wait. Even who knows the
+# future can't run all of them: what a request needs in the end it does not need now, and the memory that is left lies
+# in holes too small for the next (*external*). Runs that double take memory as they grow; a third of it holds nothing,
+# and what is in the way has to move. Pages waste half of a block for each request, and that is all. With room around
+# them, the buddy allocator keeps nearly every request in one piece besides.
 #
 # ## Your turn
 #
