@@ -18,8 +18,8 @@ from phase0_prototype.errors import UserError
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase1_memory.beam_search import Beams, BeamSearchParams, Branch, Hypothesis
-from phase1_memory.block_tables import Write
 from phase1_memory.kv_cache import PagedKVCache
+from phase1_memory.runs import Write
 
 
 @dataclass

@@ -11,18 +11,8 @@ call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from phase1_memory.allocator import Allocator, Run, Want
-
-
-@dataclass(frozen=True)
-class Write:
-    """A sequence is about to write its tokens start .. end - 1."""
-
-    name: str
-    start: int
-    end: int
+from phase1_memory.runs import Allocator, Run, Want, Write
 
 
 class BlockTables:

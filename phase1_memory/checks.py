@@ -28,8 +28,8 @@ from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.workloads import random_prompts
 from phase1_memory import simulator_cases
 from phase1_memory.allocator import Run, Want
-from phase1_memory.block_tables import Write
 from phase1_memory.llm import LLM
+from phase1_memory.runs import Write
 
 PAGE = 16
 SCARCE = {"num_blocks": 14, "max_model_len": 200}  # of 24 requests of up to 180 tokens, one fits with ease, three don't

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from phase0_prototype.kv_cache import KVSpec
 from phase0_prototype.request import Request
-from phase1_memory.block_tables import BlockTables, Write
+from phase1_memory.block_tables import BlockTables
+from phase1_memory.runs import Write
 
 
 class PagedKVCache:

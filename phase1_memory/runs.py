@@ -1,8 +1,9 @@
-"""What requests and allocators say to each other: runs of blocks, wants, and the interface of an allocator."""
+"""What is said about blocks: what a sequence is about to write, what requests want, runs of blocks, an allocator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -22,6 +23,15 @@ class Want(NamedTuple):
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a want for
     after: int = -1
+
+
+@dataclass(frozen=True)
+class Write:
+    """A sequence is about to write its tokens start .. end - 1."""
+
+    name: str
+    start: int
+    end: int
 
 
 class Allocator(Protocol):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.request import Request
-from phase1_memory.block_tables import Write
 from phase1_memory.kv_cache import PagedKVCache
+from phase1_memory.runs import Write
 
 REJECTED = "out of KV blocks"  # stop_reason of a sequence that was ended because there was no memory
 

@@ -19,13 +19,13 @@ class Sequence:
     Attributes:
         start, end: its tokens in the batch.
         kv_len: its length, including what is in the cache.
-        blocks: its block table.
+        blocks: its block table, [n] int64.
     """
 
     start: int
     end: int
     kv_len: int
-    blocks: tuple[int, ...]
+    blocks: Tensor | int | None
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class PagedPlan:
     Attributes:
         slots: two of [T] int64, the block and the place in it where each token's key and value are written.
         sequences: all of them.
-        causal: for each (sequence, window) [q, kv] bool; None: plain causal from the first token.
+        causal: for each (sequence, window) [q, kv] bool; absent: plain causal from the first token.
     """
 
     slots: tuple[Tensor, Tensor]
     sequences: tuple[Sequence, ...]
-    causal: dict[tuple[int, int | None], Tensor | None]
+    causal: dict[tuple[int, int | None], Tensor]
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -79,12 +79,14 @@ class PagedTorchAttention:
     def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> PagedPlan:
         """Build what layers share."""
         sequences: list[Sequence] = []
-        causal: dict[tuple[int, int | None], Tensor | None] = {}
+        causal: dict[tuple[int, int | None], Tensor] = {}
         start = 0
         for i, (length, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
             for w in windows:
-                causal[i, w] = causal_mask(length, kv_len, w, batch.token_ids.device)
-            sequences.append(Sequence(start, start + length, kv_len, batch.blocks[i][: -(-kv_len // block_size)]))
+                mask = causal_mask(length, kv_len, w, batch.token_ids.device)
+                causal.update({} if mask is None else {(i, w): mask})
+            table = batch.block_tables[i, : -(-kv_len // block_size)]
+            sequences.append(Sequence(start, start + length, kv_len, table))
             start += length
         slots = (batch.slot_mapping // block_size, batch.slot_mapping % block_size)
         return PagedPlan(slots, tuple(sequences), causal)
@@ -110,7 +112,9 @@ class PagedTorchAttention:
             rows = slice(seq.start, seq.end)
             # TASK 1.5: a prompt's own keys are at hand; neighbouring blocks can be read where they lie; and the decodes
             # of a batch can share one gather and one call.
-            key, value = (torch.cat([side[block] for block in seq.blocks])[: seq.kv_len] for side in kv)
-            attended = causal_attention(q[rows], key, value, spec.scale, spec.window, plan.causal[i, spec.window])
+            assert isinstance(seq.blocks, Tensor)
+            blocks = seq.blocks.tolist()
+            key, value = (torch.cat([side[block] for block in blocks])[: seq.kv_len] for side in kv)
+            attended = causal_attention(q[rows], key, value, spec.scale, spec.window, plan.causal.get((i, spec.window)))
             out[rows] = attended.flatten(1)
         return out

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.request import Request
-from phase1_memory.block_tables import Write
+from phase1_memory.runs import Write
 
 if TYPE_CHECKING:
     from phase1_memory.kv_cache import PagedKVCache

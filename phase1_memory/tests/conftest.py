@@ -18,9 +18,9 @@ from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import Checkpoint
 from phase0_prototype.tests.conftest import checkpoint, one_thread  # noqa: F401  the same fixtures here
-from phase1_memory.block_tables import Write
 from phase1_memory.kv_cache import PagedKVCache
 from phase1_memory.llm import LLM
+from phase1_memory.runs import Write
 
 ORACLE = Use.parse("phase0=solution")
 

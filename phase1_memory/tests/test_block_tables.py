@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from phase1_memory.allocator import BuddyAllocator
-from phase1_memory.block_tables import Write
+from phase1_memory.runs import Write
 
 
 class World:
@@ -101,6 +101,10 @@ class World:
     def release(self, name):
         self.tables.release(name)
         del self.said[name]
+        holders = self.holders()
+        for block in range(self.tables.num_blocks):
+            if not holders[block]:  # whoever gets it must not find there by chance what should have been copied
+                self.memory[block] = [None] * self.tables.page
 
     def place(self, name, token):
         page = self.tables.page

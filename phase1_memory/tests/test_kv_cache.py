@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from phase0_prototype.kv_cache import KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
-from phase1_memory.block_tables import Write
 from phase1_memory.kv_cache import pieces
+from phase1_memory.runs import Write
 
 BLOCKS, PAGE = 10, 4
 

@@ -180,6 +180,13 @@ class Simulation:
                 assert torch.equal(side[table].flatten()[: len(expected)], expected), f"wrong keys and values of {name}"
         if self.store is not None:
             assert set(self.store.entries) <= set(by_name) - set(holders), "the store keeps what nobody needs"
+        self.spoil_free_blocks()
+
+    def spoil_free_blocks(self) -> None:
+        """A sequence that comes back into its old blocks must not find there what it forgot to take along."""
+        held = {block for table in self.holders().values() for block in table}
+        for side in self.kv.layer(0):
+            side[[block for block in range(self.num_blocks) if block not in held]] = -1.0
 
     def abort(self, request) -> None:
         self.live.remove(request)

@@ -14,7 +14,7 @@ import torch
 from phase0_prototype.kv_cache import KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
-from phase1_memory.block_tables import Write
+from phase1_memory.runs import Write
 from phase1_memory.tests.conftest import is_empty
 
 STEPS = 10_000
@@ -96,6 +96,12 @@ class Stress:
             self.kv.release(self.here.pop(name).request)
             self.happened["ended"] += 1
 
+    def spoil_free_blocks(self) -> None:
+        """A sequence that comes back into its old blocks must not find there what it forgot to take along."""
+        held = {block for table in self.kv.tables.tables.values() for block in table}
+        for side in self.sides:
+            side.reshape(-1, PAGE, SPEC.head_dim)[[block for block in range(BLOCKS) if block not in held]] = -1
+
     def swap_out(self) -> None:
         for name in self.some(2):
             request = self.here[name].request
@@ -105,6 +111,7 @@ class Stress:
                 self.happened["swapped out"] += 1
             else:
                 self.happened["store full"] += 1
+        self.spoil_free_blocks()
 
     def swap_in(self) -> None:
         if not self.away:
