@@ -28,13 +28,13 @@ def why_slow(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line at each start and stop
     from module0_profiling.course.parts import Use, describe
     from module0_profiling.why_slow import diagnose
-    from phase0_prototype.llm import LLM
+    from phase0_prototype.engines import llm_of
     from phase0_prototype.why_slow_run import collect
 
     notes = Console(stderr=True, highlight=False)
     chosen = Use.parse(use)
     with notes.status(f"loading {model}"):
-        llm = LLM(model, device=device, dtype=dtype, runner=runner, max_num_seqs=max(1, batch), use=chosen)
+        llm = llm_of()(model, device=device, dtype=dtype, runner=runner, max_num_seqs=max(1, batch), use=chosen)
     notes.print(describe(chosen), style="dim")
     with notes.status("measuring"):
         evidence = collect(llm, batch=batch, prompt_length=prompt_length, tokens=tokens)

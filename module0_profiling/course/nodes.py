@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -49,6 +50,8 @@ def run(
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += ["-p", "no:hypothesispytest"]  # a second to import, and only adds options: hypothesis works without
+        if stop_at_first and find_spec("hypothesis"):
+            command += ["-p", "module0_profiling.course.no_shrink"]
         command += ["-x"] * stop_at_first + list(nodes)
         try:
             done = subprocess.run(
