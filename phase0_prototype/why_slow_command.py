@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def why_slow(
     model: Annotated[str, typer.Option(help="Directory, shipped name or hub id.")] = "titan-tiny",
     use: Annotated[str, typer.Option(help="Which parts run, as in phase0=mine or phase0=framework.")] = "",
+    phase: Annotated[str, typer.Option(help="Whose engine runs, as in phase0; by default the newest.")] = "",
     runner: Annotated[str, typer.Option(help="eager, compile, cuda-graph or auto.")] = "auto",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 8,
@@ -34,7 +35,7 @@ def why_slow(
     notes = Console(stderr=True, highlight=False)
     chosen = Use.parse(use)
     with notes.status(f"loading {model}"):
-        llm = llm_of()(model, device=device, dtype=dtype, runner=runner, max_num_seqs=max(1, batch), use=chosen)
+        llm = llm_of(phase)(model, device=device, dtype=dtype, runner=runner, max_num_seqs=max(1, batch), use=chosen)
     notes.print(describe(chosen), style="dim")
     with notes.status("measuring"):
         evidence = collect(llm, batch=batch, prompt_length=prompt_length, tokens=tokens)

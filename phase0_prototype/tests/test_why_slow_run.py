@@ -29,14 +29,14 @@ def tiny() -> LLM:
 
 
 def test_the_framework_is_told_that_it_has_no_cache():
-    said = ask("--use", "phase0=framework")
+    said = ask("--phase", "phase0", "--use", "phase0=framework")
     computed = sum(8 + i for i in range(TOKENS))
     assert f"there is no KV cache. {computed} tokens went through the model, {8 + TOKENS - 1} were needed" in said
     assert "1. keep a KV cache" in said
 
 
 def test_the_solution_on_the_small_model_is_told_of_its_calls():
-    said = ask("--use", "phase0=solution", "--runner", "eager")
+    said = ask("--phase", "phase0", "--use", "phase0=solution", "--runner", "eager")
     assert "bound by operator-call overhead (Python and dispatch)" in said
     assert "1. fewer calls (runner compile" in said and "up to" in said
 
