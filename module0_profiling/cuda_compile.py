@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,8 +39,8 @@ class Binary:
     resources: dict[str, Resources]
 
 
-def compile_cuda(source: Path, arch: str, *, compiler: str = "auto") -> Binary:
-    """Compiles a ``.cu`` file for ``arch`` (``sm_90``).
+def compile_cuda(source: Path, arch: str, *, compiler: str = "auto", defines: Sequence[str] = ()) -> Binary:
+    """Compiles a ``.cu`` file for ``arch`` (``sm_90``) with the macros ``defines``.
 
     ``compiler``: ``nvrtc``, ``nvcc`` or ``auto`` (NVRTC, else nvcc). Raises ``MissingTool`` when there is none and
     ``CompileError`` when the file is wrong.
@@ -50,12 +51,12 @@ def compile_cuda(source: Path, arch: str, *, compiler: str = "auto") -> Binary:
         raise CompileError(f"no such file: {source}")
     nvrtc = find_nvrtc() if compiler != "nvcc" else None
     if nvrtc is not None:
-        built = _load_nvrtc(nvrtc).compile(source.read_text(), source.name, arch)
+        built = _load_nvrtc(nvrtc).compile(source.read_text(), source.name, arch, defines)
         name = f"NVRTC {_load_nvrtc(nvrtc).version}"
         return Binary(arch, name, built.ptx, built.cubin, parse_resources(built.log))
     if compiler == "nvrtc":
         raise MissingTool("nvrtc", "compiling CUDA C++ needs it")
-    return _compile_with_nvcc(source, arch)
+    return _compile_with_nvcc(source, arch, defines)
 
 
 def assemble(ptx: str, arch: str, *, ptxas: Path, compiler: str) -> Binary:
@@ -99,13 +100,15 @@ def _load_nvrtc(library: Path) -> Nvrtc:
     return Nvrtc(library)
 
 
-def _compile_with_nvcc(source: Path, arch: str) -> Binary:
+def _compile_with_nvcc(source: Path, arch: str, defines: Sequence[str]) -> Binary:
     nvcc = require_tool("nvcc", "compiling CUDA C++ needs NVRTC or nvcc, and neither is here")
     ptxas = require_tool("ptxas", "nvcc needs its assembler", beside=nvcc)
     with tempfile.TemporaryDirectory(prefix="titan-nvcc-") as folder:
         text = Path(folder) / "kernel.ptx"
         virtual = arch.replace("sm_", "compute_")
-        _run([str(nvcc), "-ptx", f"-arch={virtual}", "-std=c++17", str(source), "-o", str(text)], f"nvcc for {arch}")
+        macros = [f"-D{name}" for name in defines]
+        command = [str(nvcc), "-ptx", f"-arch={virtual}", "-std=c++17", *macros, str(source), "-o", str(text)]
+        _run(command, f"nvcc for {arch}")
         return assemble(text.read_text(), arch, ptxas=ptxas, compiler="nvcc")
 
 

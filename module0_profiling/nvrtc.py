@@ -6,6 +6,7 @@ Source: the NVRTC user guide, "Basic Usage" (https://docs.nvidia.com/cuda/nvrtc/
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,16 @@ class Nvrtc:
         self._lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
 
-    def compile(self, source: str, name: str, arch: str) -> NvrtcOutput:
-        """Compiles ``source`` for ``arch`` (``sm_90``); raises ``CompileError`` with the first line of the log."""
+    def compile(self, source: str, name: str, arch: str, defines: Sequence[str] = ()) -> NvrtcOutput:
+        """Compiles ``source`` for ``arch`` (``sm_90``) with the macros ``defines``.
+
+        Raises ``CompileError`` with the first line of the log.
+        """
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         try:
             options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"]
+            options += [f"--define-macro={name}" for name in defines]
             array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
             status = self._lib.nvrtcCompileProgram(program, len(options), array)
             log = self._read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode(errors="replace")

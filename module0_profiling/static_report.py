@@ -51,16 +51,21 @@ class KernelReport:
 
 
 def report_cuda(
-    source: Path, archs: Sequence[str] = ARCHS, *, threads: int | None = None, compiler: str = "auto"
+    source: Path,
+    archs: Sequence[str] = ARCHS,
+    *,
+    threads: int | None = None,
+    compiler: str = "auto",
+    defines: Sequence[str] = (),
 ) -> list[KernelReport]:
-    """Reports every kernel of a ``.cu`` file.
+    """Reports every kernel of a ``.cu`` file, compiled with the macros ``defines``.
 
     ``threads``: block size for the occupancy; default is each kernel's ``__launch_bounds__``, else 256. Raises
     ``MissingTool`` and ``CompileError``.
     """
     reports = []
     for arch in archs:
-        binary = compile_cuda(source, arch, compiler=compiler)
+        binary = compile_cuda(source, arch, compiler=compiler, defines=defines)
         mixes = _mixes(binary)
         declared = instruction_mix.max_threads(binary.ptx)
         for kernel, resources in binary.resources.items():

@@ -42,7 +42,7 @@ class AttentionBackend(Protocol):
         ...
 
     def run(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: Any) -> Tensor:
-        """Write k and v [T, Hkv, D] into the cache and attend with q [T, Hq, D]; returns [T, Hq * D]."""
+        """Attend with q [T, Hq, D], once the new k and v [T, Hkv, D] are in the cache; returns [T, Hq * D]."""
         ...
 
     def steady(self, round_up: int) -> AttentionBackend:
@@ -147,12 +147,12 @@ class TorchAttention:
     def run(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: AttentionPlan
     ) -> Tensor:
-        """Write the new keys and values, then attend.
+        """Attend; the new keys and values are in the cache by now.
 
         Args:
             spec: the layer's shape.
             q: [T, Hq, D], rotated.
-            k, v: [T, Hkv, D], k rotated.
+            k, v: [T, Hkv, D], k rotated: the new ones, for those whose past is empty.
             kv: the layer's cache, two of [rows, block_size, Hkv, D].
             plan: of this step.
 
@@ -160,7 +160,6 @@ class TorchAttention:
             [T, Hq * D].
         """
         keys, values = kv
-        write_kv(keys, values, plan.slots, k, v)
         if not plan.sequences:
             return _decode(spec, q, keys, values, plan)
         out = torch.empty_like(q).flatten(1)  # [T, Hq * D]

@@ -69,6 +69,7 @@ class Batch:
         block_tables: [B, blocks] int64, the cache blocks of each sequence (phase 0: its one row).
         logits_rows: [R] int64, tokens (indices into T) whose logits are wanted.
         query_lens, kv_lens, blocks: the same numbers on the host, so that planning never waits for the device.
+        prompt_lens: tokens of each sequence's prompt.
         only_last: whether `logits_rows` are the last tokens of all sequences, one each.
     """
 
@@ -81,6 +82,7 @@ class Batch:
     logits_rows: Tensor
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
+    prompt_lens: tuple[int, ...]
     blocks: tuple[tuple[int, ...], ...]
     only_last: bool = False
 
@@ -138,6 +140,7 @@ class Batch:
             rows,
             tuple(s.num_tokens for s in step.scheduled),
             tuple(kv_lens),
+            tuple(len(s.request.prompt_token_ids) for s in step.scheduled),
             tuple(blocks),
             wanted == [end - 1 for end in starts[1:]],
         )
@@ -157,6 +160,7 @@ class Batch:
             counts[:-1],
             (1,) * self.num_seqs,
             self.kv_lens,
+            self.prompt_lens,
             self.blocks,
             True,
         )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phase0_prototype.config import ModelConfig, parse_config
+from phase0_prototype.config import ARCHITECTURES, Architecture, ModelConfig, parse_config
 from phase0_prototype.errors import UserError
 from phase0_prototype.hub import SHIPPED
 from phase0_prototype.random_weights import STORED_AS, write_safetensors
@@ -33,6 +33,8 @@ def write_checkpoint(
     shape: str | Mapping[str, Any],
     out: Path,
     *,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    tensors: Callable[[Any], Mapping[str, tuple[int, ...]]] | None = None,
     seed: int = 0,
     dtype: str = "bfloat16",
     shard_bytes: int = 2 << 30,
@@ -45,11 +47,12 @@ def write_checkpoint(
     shape, seed and dtype give the same tensors, whatever `shard_bytes`. `tokenizer` is a directory; without it the
     tokenizer of the shipped model is copied where its ids fit the vocabulary. `force` replaces the checkpoint files in
     a directory that is not empty, once the new ones are complete. On failure or Ctrl-C nothing half-written stays.
+    A later phase passes the `architectures` that it knows and, as `tensors`, what they have instead of `tensor_shapes`.
 
     Raises UserError: unknown shape or dtype, directory not empty, disk too small, tokenizer too large for the shape.
     """
     raw = _raw_config(shape)
-    config = parse_config(raw, source=shape if isinstance(shape, str) else "shape")
+    config = parse_config(raw, source=shape if isinstance(shape, str) else "shape", architectures=architectures)
     if dtype not in STORED_AS:
         raise UserError(f"dtype {dtype!r} is unknown: use {', '.join(STORED_AS)}")
     if seed < 0 or shard_bytes <= 0:
@@ -57,12 +60,13 @@ def write_checkpoint(
     if out.exists() and not (out.is_dir() and (force or not _entries(out))):
         raise UserError(f"{out} exists and is not an empty directory: choose another, or replace it with --force")
     source = _tokenizer_source(tokenizer, config.vocab_size)
-    total = checkpoint_bytes(config, dtype)
+    shapes = (tensors or tensor_shapes)(config)
+    total = sum(math.prod(s) for s in shapes.values()) * STORED_AS[dtype][1]
     _check_disk(out, total)
     try:
         with _complete_or_gone(out) as partial:
             with _bar(out, total) as advance:
-                _write_shards(partial, tensor_shapes(config), seed, dtype, shard_bytes, advance)
+                _write_shards(partial, shapes, seed, dtype, shard_bytes, advance)
             _write_json(partial / "config.json", {**raw, "torch_dtype": dtype})
             ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if key in raw}
             _write_json(partial / "generation_config.json", ids)

@@ -58,6 +58,21 @@ class ModelConfig:
     dtype: str | None  # what the weights are stored in; None where the file does not say
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)  # `quantization_config`, as it stands
 
+    @property
+    def longest(self) -> int:
+        """Positions that the model may be asked for: those it was trained on, times what a scaling stretches them.
+
+        As in vLLM: `linear` and `dynamic` multiply `max_position_embeddings` by their factor, `yarn` the original
+        context; files of the other types name the stretched length themselves.
+        """
+        factor, trained = self.rope.parameters.get("factor"), self.max_position_embeddings
+        if self.rope.rope_type not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float):
+            return trained
+        if self.rope.rope_type == "yarn":
+            original = self.rope.parameters.get("original_max_position_embeddings")
+            return max(trained, int((original if isinstance(original, int) else trained) * factor))
+        return max(trained, int(trained * factor))
+
 
 Architecture = Callable[[Fields], ModelConfig]
 

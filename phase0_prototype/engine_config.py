@@ -14,7 +14,7 @@ import torch
 from module0_profiling.course.needs import absent
 from phase0_prototype.config import ModelConfig
 from phase0_prototype.errors import UserError
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 DEFAULT_CONTEXT = 8192  # longer contexts reserve memory that most runs never use: ask for them
@@ -125,7 +125,7 @@ def resolve_lengths(
     Raises:
         UserError: what was asked for does not fit, with the numbers.
     """
-    limit = model.max_position_embeddings
+    limit = model.longest
     length = config.max_model_len or min(limit, DEFAULT_CONTEXT)
     if length > limit:
         raise UserError(f"max_model_len {length} is more than the model's {limit} positions: lower it")

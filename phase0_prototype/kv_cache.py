@@ -7,27 +7,12 @@ into one. The price is memory, reserved for the longest possible sequence whethe
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
-
-
-@dataclass(frozen=True)
-class KVSpec:
-    """What a model stores for each token: keys and values of `num_kv_heads` heads in each of `num_layers` layers."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of cache for one token, all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class KVCache:
@@ -44,12 +29,12 @@ class KVCache:
         self.spec = spec
         self.block_size = max_model_len
         self.num_rows = max_num_seqs
-        shape = (max_num_seqs, max_model_len, spec.num_kv_heads, spec.head_dim)
 
-        def rows() -> Tensor:  # a tensor of its own for each: torch.compile copies what is changed through a view
-            return torch.zeros(shape, dtype=spec.dtype, device=device)
+        def rows(width: int) -> Tensor:  # a tensor of its own: torch.compile copies what is changed through a view
+            return torch.zeros(max_num_seqs, max_model_len, spec.num_kv_heads, width, dtype=spec.dtype, device=device)
 
-        self.layers = tuple((rows(), rows()) for _ in range(spec.num_layers))  # keys, values
+        keys, values = spec.widths
+        self.layers = tuple((rows(keys), rows(values)) for _ in range(spec.num_layers))
         self.owners: list[Request] = []  # owners[row]
 
     @property

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phase0_prototype.attention import AttentionBackend, AttentionPlan, AttentionSpec
+from phase0_prototype.attention import AttentionBackend, AttentionPlan, AttentionSpec, write_kv
 from phase0_prototype.config import ModelConfig
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.linear import Linear, LinearFormat, Part, best_format, dense_product
 from phase0_prototype.rotary import RotaryTable, apply_rope
 from phase0_prototype.weights import Destination
@@ -105,6 +106,7 @@ class Attention(nn.Module):
             qk = qkv[:, : hq + hkv]
         qk = apply_rope(qk, *rotary)  # q and k in one go: half the operations
         q = qk[:, :hq] if rows is None else qk[rows, :hq]
+        write_kv(*kv, plan.slots, qk[:, hq:], v)
         return self.out(self.backend.run(self.spec, q, qk[:, hq:], v, kv, plan))
 
 
@@ -151,6 +153,14 @@ class Layers:
         """The table that all layers share."""
         config = self.config
         return RotaryTable(config.rope, config.head_dim, self.max_model_len, self.dtype, self.device)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to something that the engine doesn't run."""
+        return name.endswith("rotary_emb.inv_freq")
+
+    def kv_spec(self) -> KVSpec:
+        """What a token leaves in the cache."""
+        return KVSpec(self.config.num_layers, self.config.num_kv_heads, self.config.head_dim, self.dtype)
 
     def mlp(self, name: str) -> nn.Module:
         """The feed-forward block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from phase0_prototype.attention import AttentionBackend
-from phase0_prototype.config import ModelConfig, load_config
+from phase0_prototype.config import ARCHITECTURES, Architecture, ModelConfig, load_config
 from phase0_prototype.engine_config import EngineConfig, resolve_device, resolve_dtype, resolve_runner
 from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
@@ -50,7 +50,11 @@ class Described:
 
 
 def describe(
-    config: EngineConfig, decoder: type[Any], backend: AttentionBackend, layers: type[Layers] = Layers
+    config: EngineConfig,
+    decoder: type[Any],
+    backend: AttentionBackend,
+    layers: Callable[..., Layers] = Layers,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> Described:
     """Read a checkpoint's config and build its model.
 
@@ -59,12 +63,13 @@ def describe(
         decoder: `DecoderModel`, of the part that is in use.
         backend: attention of every layer.
         layers: builds the pieces; each phase has its own.
+        architectures: the models that the phase knows.
 
     Raises:
         UserError: anything about model, device or dtype that the user can put right.
     """
     directory: Path = resolve_model(config.model)
-    model_config = load_config(directory)
+    model_config = load_config(directory, architectures=architectures)
     if model_config.quantization is not None:
         method = model_config.quantization.get("quant_method", "unknown")
         raise UserError(f"{directory} is quantised ({method}): phase 5 loads such checkpoints, give an unquantised one")
@@ -72,7 +77,7 @@ def describe(
     dtype = resolve_dtype(config.dtype, device, model_config.dtype)
     runner = resolve_runner(config.runner, device)
     number_format = best_format(device, dtype, compiled_row=runner == "compile" and config.max_num_seqs == 1)
-    limit = model_config.max_position_embeddings
+    limit = model_config.longest
     positions = min(config.max_model_len or limit, limit)
     model = decoder(model_config, layers(model_config, dtype, device, backend, positions, number_format))
     return Described(directory, model_config, model, device, runner)

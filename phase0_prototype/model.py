@@ -17,7 +17,7 @@ from module0_profiling.ranges import span
 from phase0_prototype.attention import AttentionPlan
 from phase0_prototype.batch import Batch
 from phase0_prototype.config import ModelConfig
-from phase0_prototype.kv_cache import KVCache, KVSpec
+from phase0_prototype.kv_cache import KVCache
 from phase0_prototype.layers import Layers
 from phase0_prototype.weights import Destination
 
@@ -80,13 +80,14 @@ class DecoderModel(nn.Module):
         self.rotary = layers.rotary()
         self.backend = layers.backend
         self.windows = frozenset(config.sliding_windows)
-        self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, layers.dtype)
+        self.kv_spec = layers.kv_spec()
+        self._ignores = layers.ignores
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Logits [R, V] of the batch's `logits_rows`, in the model's dtype."""
         plan = self.backend.plan(batch, self.windows, kv.block_size)
         last = self._last_layer(batch, plan, kv) if batch.only_last and batch.num_tokens > batch.num_seqs else None
-        return self.compute(batch.token_ids, batch.positions, batch.logits_rows, plan, kv, last)
+        return self.compute(batch.token_ids, self.rotary.places(batch), batch.logits_rows, plan, kv, last)
 
     def _last_layer(self, batch: Batch, plan: AttentionPlan, kv: KVCache) -> AttentionPlan | None:
         """A plan of the sequences' last tokens: of the last layer's output nothing else is used. It writes the keys and
@@ -97,7 +98,7 @@ class DecoderModel(nn.Module):
     def compute(
         self,
         token_ids: Tensor,
-        positions: Tensor,
+        places: Tensor,
         logits_rows: Tensor,
         plan: AttentionPlan,
         kv: KVCache,
@@ -105,11 +106,12 @@ class DecoderModel(nn.Module):
     ) -> Tensor:
         """The part of `forward` that is only arithmetic: what is compiled or captured.
 
-        With `last`, the last layer computes `logits_rows` only.
+        `places` is what the rotary table makes of the positions. With `last`, the last layer computes `logits_rows`
+        only.
         """
         with span("embedding"):
             x = self.embed_tokens(token_ids)  # [T, hidden]
-            rotary = self.rotary(positions)
+            rotary = self.rotary(places)
         for i, layer in enumerate(self.layers):
             if last is not None and i == len(self.layers) - 1:
                 x = layer(x, rotary, kv.layer(i), last, logits_rows)  # [R, hidden]
@@ -129,8 +131,8 @@ class DecoderModel(nn.Module):
         return found
 
     def ignores(self, name: str) -> bool:
-        """Tensors that checkpoints hold and the model doesn't need: a tied head, old rotary tables."""
-        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.lm_head is None)
+        """Tensors that checkpoints hold and the model doesn't need: a tied head, and what its layers know of."""
+        return self._ignores(name) or (name == "lm_head.weight" and self.lm_head is None)
 
     @property
     def weight_bytes(self) -> int:

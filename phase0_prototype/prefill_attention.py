@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 LONGEST_BLOCK = 64  # queries: more multiply keys that are masked anyway, fewer are too few rows for the product
@@ -30,13 +31,13 @@ def causal_attention(
 
     Args:
         q: [Tq, Hq, D], the last Tq tokens of the sequence, rotated.
-        k, v: [Tk, Hkv, D], Tk >= Tq; Hq is a multiple of Hkv.
+        k, v: [Tk, Hkv, D] and [Tk, Hkv, Dv], Tk >= Tq; Hq is a multiple of Hkv.
         scale: of the scores, 1 / sqrt(D) as a rule.
         window: tokens that a query sees, itself included; None: all.
         mask: what `causal_mask` gives for these arguments, where layers share one; absent, it is made if needed.
 
     Returns:
-        [Tq, Hq, D] in q's dtype.
+        [Tq, Hq, Dv] in q's dtype.
     """
     tokens, length = q.shape[0], k.shape[0]
     seen = length if window is None else min(length, tokens - 1 + window)
@@ -84,7 +85,7 @@ def attention_in_blocks(
     queries = q.unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, Tq, D]
     keys = k.to(torch.float32, copy=True).mul_(scale).permute(1, 2, 0)  # [Hkv, D, Tk]
     values = v.transpose(0, 1).contiguous()  # [Hkv, Tk, D]
-    out = q.new_empty(q.shape)
+    out = q.new_empty(tokens, hq, v.shape[-1])
     out_by_head = out.unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, Tq, D]
     all_scores = torch.empty(hq * block * widest, device=q.device)
     all_weights = torch.empty(hq * block * widest, dtype=v.dtype, device=q.device)
@@ -126,6 +127,10 @@ def causal_mask(tokens: int, length: int, window: int | None, device: torch.devi
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # flash attention wants one width
+        widest = max(width, q.shape[-1])
+        q, k, v = (pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     out = sdpa(
         q.transpose(0, 1).unsqueeze(0),  # [1, Hq, Tq, D]
         k.transpose(0, 1).unsqueeze(0),
@@ -135,7 +140,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[0].transpose(0, 1)
+    return out[0, ..., :width].transpose(0, 1)
 
 
 def _block_size(heads: int, length: int) -> int:

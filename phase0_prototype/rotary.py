@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from phase0_prototype.batch import Batch
 from phase0_prototype.config import RopeConfig
 from phase0_prototype.errors import ConfigError
 
@@ -84,6 +85,10 @@ class RotaryTable(nn.Module):
         self.cos = angles.cos().to(device, dtype)  # [max_positions, D/2]
         self.sin = angles.sin().to(device, dtype)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, batch: Batch) -> Tensor:
+        """What `forward` is to be given for a batch: here the positions of its tokens."""
+        return batch.positions
+
+    def forward(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for these positions [T]: two tensors [T, 1, D/2]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        return self.cos[places].unsqueeze(1), self.sin[places].unsqueeze(1)

@@ -65,7 +65,7 @@ class CompiledRunner(Runner):
         if plan.shape is None:  # rows are not adjacent
             return super()._logits(batch)
         with torch._dynamo.config.patch(cache_size_limit=64):
-            logits = self._compute(wide.token_ids, wide.positions, wide.logits_rows, plan, self.kv)
+            logits = self._compute(wide.token_ids, self.model.rotary.places(wide), wide.logits_rows, plan, self.kv)
         return logits[: batch.num_seqs]
 
 
@@ -93,7 +93,7 @@ class GraphRunner(Runner):
         plan = self.attention.plan(wide, self.model.windows, self.kv.block_size)
         if plan.shape is None:
             return super()._logits(batch)
-        inputs = (wide.token_ids, wide.positions, wide.logits_rows, *plan.tensors)
+        inputs = (wide.token_ids, self.model.rotary.places(wide), wide.logits_rows, *plan.tensors)
         captured = self._graphs.get(plan.shape)
         if captured is None:
             captured = self._graphs[plan.shape] = self._capture(inputs, plan)
@@ -153,6 +153,7 @@ def padded(batch: Batch, kv: KVCache) -> Batch:
         logits_rows=torch.arange(size, device=device),
         query_lens=batch.query_lens + ones,
         kv_lens=batch.kv_lens + ones,
+        prompt_lens=batch.prompt_lens + ones,
         blocks=batch.blocks + spare,
     )
 

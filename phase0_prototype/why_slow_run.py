@@ -9,11 +9,11 @@ import torch
 
 from module0_profiling import model_costs
 from module0_profiling.hardware import detect, measured_peaks
-from module0_profiling.model_shape import ModelShape
+from module0_profiling.model_shape import load_shape
 from module0_profiling.why_slow import Evidence
 from phase0_prototype import workloads
-from phase0_prototype.config import ModelConfig
 from phase0_prototype.errors import UserError
+from phase0_prototype.hub import resolve_model
 from phase0_prototype.llm import LLM
 from phase0_prototype.profile import profile_decode
 
@@ -52,7 +52,9 @@ def collect(llm: LLM, *, batch: int = 1, prompt_length: int = 8, tokens: int = 6
     peaks = measured_peaks(device)
     model, dtype = engine.model, engine.model.kv_spec.dtype
     name = str(dtype).removeprefix("torch.")
-    work = model_costs.total(model_costs.decode_step(_shape(engine.config), 1, context, model_costs.Formats(name)))
+    work = model_costs.total(
+        model_costs.decode_step(load_shape(resolve_model(llm.config.model)), 1, context, model_costs.Formats(name))
+    )
     return Evidence(
         subject=f"{llm.config.model}, {name}, {batch} x {tokens} tokens after {prompt_length} on {device.name}",
         on_gpu=device.kind != "cpu",
@@ -121,15 +123,3 @@ def _check(max_model_len: int, batch: int, prompt_length: int, tokens: int) -> N
             f"{prompt_length} + {tokens} tokens are more than max_model_len {max_model_len}: lower --prompt-length or "
             "--tokens"
         )
-
-
-def _shape(config: ModelConfig) -> ModelShape:
-    return ModelShape(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        layers=config.num_layers,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab=config.vocab_size,
-    )

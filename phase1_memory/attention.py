@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase0_prototype.attention import AttentionSpec, decode_mask, write_kv
+from phase0_prototype.attention import AttentionSpec, decode_mask
 from phase0_prototype.batch import Batch
 from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
@@ -137,19 +137,18 @@ class PagedTorchAttention:
     def run(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: PagedPlan
     ) -> Tensor:
-        """Write the new keys and values, then attend.
+        """Attend; the new keys and values are in the cache by now.
 
         Args:
             spec: the layer's shape.
             q: [T, Hq, D], rotated.
-            k, v: [T, Hkv, D], k rotated.
+            k, v: [T, Hkv, D], k rotated: the new ones, for those whose past is empty.
             kv: the layer's cache, two of [blocks, page, Hkv, D].
             plan: of this step.
 
         Returns:
             [T, Hq * D].
         """
-        write_kv(*kv, plan.slots, k, v)
         if not plan.sequences:
             return _decode(spec, q, kv, plan)
         out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
@@ -160,7 +159,7 @@ class PagedTorchAttention:
             if seq.blocks is None:
                 key, value = k[rows], v[rows]
             else:
-                key, value = (_tokens(side, seq.blocks, seq.kv_len) for side in kv)
+                key, value = (tokens_of(side, seq.blocks, seq.kv_len) for side in kv)
             mask = plan.causal.get((i, spec.window))
             attended = causal_attention(q[rows], key, value, spec.scale, spec.window, mask)
             out[rows] = attended.flatten(1)
@@ -179,7 +178,7 @@ def _past(batch: Batch, i: int, block_size: int) -> Tensor | int | None:
     return batch.blocks[i][0] if neighbours(batch.blocks[i][:pages]) else batch.block_tables[i, :pages]
 
 
-def _tokens(side: Tensor, blocks: Tensor | int, kv_len: int) -> Tensor:
+def tokens_of(side: Tensor, blocks: Tensor | int, kv_len: int) -> Tensor:
     """The first tokens of one sequence, [kv_len, Hkv, D]: a view where its blocks are neighbours, else a copy."""
     if isinstance(blocks, int):
         start = blocks * side.shape[1]
@@ -191,7 +190,7 @@ def _decode(spec: AttentionSpec, q: Tensor, kv: tuple[Tensor, Tensor], plan: Pag
     """One query token per sequence. Query heads that share a key head become rows of one small matrix product."""
     n = plan.num_decodes
     if isinstance(plan.blocks, int):
-        key, value = (_tokens(side, plan.blocks, plan.kv_len).unsqueeze(0) for side in kv)  # [1, kv, Hkv, D]
+        key, value = (tokens_of(side, plan.blocks, plan.kv_len).unsqueeze(0) for side in kv)  # [1, kv, Hkv, D]
     else:
         key, value = (side[plan.blocks].flatten(1, 2) for side in kv)  # [B, kv, Hkv, D]
     out = sdpa(

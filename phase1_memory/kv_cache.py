@@ -7,12 +7,12 @@ tokens reach it: at most page - 1 places of a sequence are reserved and unused, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
 from phase1_memory.block_tables import BlockTables
 from phase1_memory.runs import Write
@@ -33,12 +33,13 @@ class PagedKVCache:
         self.spec, self.tables, self.device = spec, tables, device
         self.block_size = tables.page
         self.scratch = tables.num_blocks
-        shape = (tables.num_blocks + 1, tables.page, spec.num_kv_heads, spec.head_dim)
+        shape = (tables.num_blocks + 1, tables.page, spec.num_kv_heads)
 
-        def blocks() -> Tensor:  # a tensor of its own for each: torch.compile copies what is changed through a view
-            return torch.zeros(shape, dtype=spec.dtype, device=device)
+        def blocks(width: int) -> Tensor:  # a tensor of its own: torch.compile copies what is changed through a view
+            return torch.zeros(*shape, width, dtype=spec.dtype, device=device)
 
-        self.layers = tuple((blocks(), blocks()) for _ in range(spec.num_layers))  # keys, values
+        keys, values = spec.widths
+        self.layers = tuple((blocks(keys), blocks(values)) for _ in range(spec.num_layers))
         self.copied_blocks = 0  # since the start: what copy-on-write has cost
 
     @property
@@ -90,20 +91,28 @@ class PagedKVCache:
 
     def read(self, blocks: Sequence[int]) -> Tensor:
         """A copy of these blocks, all layers together: [n, block_bytes] uint8 on the cache's device."""
-        sides = list(itertools.chain.from_iterable(self.layers))
-        out = torch.empty((len(blocks), len(sides), *sides[0].shape[1:]), dtype=self.spec.dtype, device=self.device)
+        out = torch.empty(
+            len(blocks), self.block_bytes // self.spec.dtype.itemsize, dtype=self.spec.dtype, device=self.device
+        )
         where = self._where(blocks)
-        for i, side in enumerate(sides):
-            out[:, i] = side[where]
-        return out.flatten(1).view(torch.uint8)
+        for side, place in self._sides(out):
+            place[...] = side[where]
+        return out.view(torch.uint8)
 
     def write(self, blocks: Sequence[int], data: Tensor) -> None:
         """Put what `read` returned into these blocks."""
-        sides = list(itertools.chain.from_iterable(self.layers))
-        data = data.view(self.spec.dtype).view(len(blocks), len(sides), *sides[0].shape[1:])
         where = self._where(blocks)
-        for i, side in enumerate(sides):
-            side[where] = data[:, i]
+        for side, place in self._sides(data.view(self.spec.dtype)):
+            side[where] = place
+
+    def _sides(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, each with its part of `data` [n, numbers of a block]: [n, page, Hkv, D]."""
+        start = 0
+        for side in itertools.chain.from_iterable(self.layers):
+            size = side[0].numel()
+            if size:
+                yield side, data[:, start : start + size].unflatten(1, side.shape[1:])
+            start += size
 
     def _where(self, blocks: Sequence[int]) -> slice | Tensor:
         """Indices of these blocks. One run is copied as it lies; several in one indexed copy: that takes less time than

@@ -14,7 +14,7 @@ import torch
 from phase0_prototype.config import ModelConfig
 from phase0_prototype.engine_config import DEFAULT_CONTEXT
 from phase0_prototype.errors import UserError
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase1_memory.engine_config import PagedConfig
 
 
@@ -73,7 +73,7 @@ def plan_memory(
     Raises:
         UserError: what was asked for does not fit, with the numbers.
     """
-    limit, page = model.max_position_embeddings, config.block_size
+    limit, page = model.longest, config.block_size
     asked = config.max_model_len
     if asked is not None and asked > limit:
         raise UserError(f"max_model_len {asked} is more than the model's {limit} positions: lower it")

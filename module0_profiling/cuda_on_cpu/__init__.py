@@ -7,7 +7,7 @@ changes.
 
 from __future__ import annotations
 
-from module0_profiling.cuda_on_cpu.emulator import Emulator, emulator
+from module0_profiling.cuda_on_cpu.emulator import Emulator, Pointer, emulator
 from module0_profiling.cuda_on_cpu.traffic import Memory, Traffic
 
-__all__ = ["Emulator", "Memory", "Traffic", "emulator"]
+__all__ = ["Emulator", "Memory", "Pointer", "Traffic", "emulator"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,35 +23,47 @@ from module0_profiling.nvrtc import first_error
 HERE = Path(__file__).parent
 GUARD = 4096  # bytes around every buffer in which an access counts as out of bounds (kGuard in runtime.cpp)
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
-Argument = np.ndarray | int | float
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The address ``offset`` bytes into a contiguous array: what a kernel gets of a tensor that is a part of another."""
+
+    array: np.ndarray
+    offset: int
+
+
+Argument = np.ndarray | Pointer | int | float
 
 
 class Emulator:
-    """The kernels of one ``.cu`` file, compiled for this CPU.
+    """The kernels of one ``.cu`` file, compiled for this CPU with the macros ``defines``.
 
     Raises ``MissingTool`` without a C++ compiler and ``CompileError`` when the file does not compile.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, defines: tuple[str, ...] = ()) -> None:
         self.source = source
         self.kernels = tuple(KERNEL.findall(_without_comments(source.read_text())))
-        self._library = ctypes.CDLL(str(_build(source, self.kernels)))
+        self._library = ctypes.CDLL(str(_build(source, self.kernels, defines)))
 
     def launch(self, kernel: str, grid: Sequence[int], block: Sequence[int], args: Sequence[Argument]) -> Traffic:
         """Runs ``kernel`` over ``grid`` x ``block`` (x, y, z; missing sizes are 1) and returns what it moved.
 
-        Arrays are copied in and out, ints go as ``int``, floats as ``float``. Raises ValueError for an unknown
-        kernel, a wrong number of arguments, or threads that wait for each other for ever.
+        Arrays are copied in and out (once, where several arguments are the same array or point into it), ints go as
+        ``int``, floats as ``float``. Raises ValueError for an unknown kernel, a wrong number of arguments, or threads
+        that wait for each other for ever.
         """
         if kernel not in self.kernels:
             raise ValueError(f"{self.source.name} has no kernel {kernel!r}: it has {', '.join(self.kernels)}")
         arity = int(getattr(self._library, f"cpu_arity_{kernel}")())
         if arity != len(args):
             raise ValueError(f"{kernel} takes {arity} arguments, got {len(args)}")
-        boxes = [_Guarded(a) if isinstance(a, np.ndarray) else _scalar(a) for a in args]
-        buffers = [box for box in boxes if isinstance(box, _Guarded)]
-        pointers = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(_value(box)) for box in boxes))
-        addresses = (ctypes.c_size_t * len(buffers))(*(b.pointer.value or 0 for b in buffers))
+        guarded: dict[object, _Guarded] = {}
+        values = [_value(arg, guarded) for arg in args]
+        buffers = list(guarded.values())
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        addresses = (ctypes.c_size_t * len(buffers))(*(b.address for b in buffers))
         sizes = (ctypes.c_size_t * len(buffers))(*(b.array.nbytes for b in buffers))
         counts = CTraffic()
         entry = ctypes.cast(getattr(self._library, f"cpu_call_{kernel}"), ctypes.c_void_p)
@@ -64,14 +77,14 @@ class Emulator:
         return counts.freeze()
 
 
-def emulator(source: Path) -> Emulator:
-    """The emulator of a file, compiled once per process and version of the file."""
-    return _cached(source.resolve(), source.stat().st_mtime_ns)
+def emulator(source: Path, defines: tuple[str, ...] = ()) -> Emulator:
+    """The emulator of a file, compiled once per process, version of the file and choice of macros."""
+    return _cached(source.resolve(), source.stat().st_mtime_ns, defines)
 
 
 @lru_cache(maxsize=64)
-def _cached(source: Path, _modified: int) -> Emulator:
-    return Emulator(source)
+def _cached(source: Path, _modified: int, defines: tuple[str, ...]) -> Emulator:
+    return Emulator(source, defines)
 
 
 class _Guarded:
@@ -82,7 +95,7 @@ class _Guarded:
         self._store = np.full(array.nbytes + 2 * GUARD + 256, 0xFF, dtype=np.uint8)
         self._start = GUARD + (-(self._store.ctypes.data + GUARD)) % 256
         self._inner[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        self.pointer = ctypes.c_void_p(self._store.ctypes.data + self._start)
+        self.address = int(self._store.ctypes.data) + self._start
 
     @property
     def _inner(self) -> np.ndarray:
@@ -93,21 +106,26 @@ class _Guarded:
             self.array[...] = self._inner.view(self.array.dtype).reshape(self.array.shape)
 
 
-def _value(box: _Guarded | ctypes.c_int | ctypes.c_float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
-    return box.pointer if isinstance(box, _Guarded) else box
-
-
-def _scalar(value: int | float) -> ctypes.c_int | ctypes.c_float:
-    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+def _value(arg: Argument, guarded: dict[object, _Guarded]) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    """What the kernel is handed; an array that is not yet among the guarded ones joins them."""
+    if isinstance(arg, int):
+        return ctypes.c_int(arg)
+    if isinstance(arg, float):
+        return ctypes.c_float(arg)
+    array, offset = (arg.array, arg.offset) if isinstance(arg, Pointer) else (arg, 0)
+    key = (array.ctypes.data, array.shape, array.strides, array.dtype)
+    if key not in guarded:
+        guarded[key] = _Guarded(array)
+    return ctypes.c_void_p(guarded[key].address + offset)
 
 
 def _sizes(shape: Sequence[int]) -> ctypes.Array[ctypes.c_uint]:
     return (ctypes.c_uint * 3)(*(*shape, 1, 1, 1)[:3])
 
 
-def _build(source: Path, kernels: tuple[str, ...]) -> Path:
+def _build(source: Path, kernels: tuple[str, ...], defines: tuple[str, ...]) -> Path:
     compiler, folder = find_host_compiler(), _build_folder()
-    key = re.sub(r"\W", "_", str(source.resolve())) + f"_{source.stat().st_mtime_ns}"
+    key = re.sub(r"\W", "_", "_".join([str(source.resolve()), *defines])) + f"_{source.stat().st_mtime_ns}"
     unit, obj, library = (folder / (key + end) for end in (".cpp", ".o", ".so"))
     entries = [f'extern "C" void cpu_call_{k}(void** args) {{ cpu_call(&{k}, args); }}' for k in kernels]
     arities = [f'extern "C" int cpu_arity_{k}() {{ return cpu_arity(&{k}); }}' for k in kernels]
@@ -115,7 +133,7 @@ def _build(source: Path, kernels: tuple[str, ...]) -> Path:
         "\n".join([f'#include "{HERE / "device.h"}"', f'#include "{source.resolve()}"', *entries, *arities])
     )
     # -O0 on purpose: what is counted is what the source says, not what one optimiser made of it.
-    flags = ["-std=c++17", "-O0", "-fPIC", "-w", "-fsanitize=thread"]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-w", "-fsanitize=thread", *(f"-D{name}" for name in defines)]
     if sys.platform != "darwin" and "clang" not in compiler.name:
         flags.append("-fno-gnu-unique")  # else templates of two libraries share their static arrays
     _run([str(compiler), *flags, "-c", str(unit), "-o", str(obj)], source)

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
-
-
-@dataclass(frozen=True)
-class KVSpec:
-    """What a model stores for each token: keys and values of `num_kv_heads` heads in each of `num_layers` layers."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of cache for one token, all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class KVCache:

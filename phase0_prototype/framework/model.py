@@ -21,8 +21,6 @@ from phase0_prototype.config import ModelConfig
 from phase0_prototype.layers import Layers
 from phase0_prototype.weights import Destination
 
-from .kv_cache import KVSpec
-
 if TYPE_CHECKING:
     from .kv_cache import KVCache
 
@@ -38,7 +36,7 @@ class DecoderModel(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.config, self.rotary = config, layers.rotary()
-        self.kv_spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, layers.dtype)
+        self.kv_spec = layers.kv_spec()
         shapes = tensor_shapes(config)  # by the names that checkpoints use; a matrix is [out, in]
         self.w = {name: torch.empty(s, dtype=layers.dtype, device=layers.device) for name, s in shapes.items()}
 

@@ -30,7 +30,7 @@ def prepare(source: Path, version: str, call: Call) -> Callable[[], None]:
     if not torch.cuda.is_available():
         raise RuntimeError(f"{version} {NO_GPU}")
     found = ladder.find(source, version)
-    kernel = _compile(source, source.stat().st_mtime_ns, version)
+    kernel = _compile(source, source.stat().st_mtime_ns, version, *call.defines)
     grid, block = (*found.grid(call.rows, call.cols), 1), (*found.block, 1)
     args = list(call.args)
 
@@ -41,8 +41,9 @@ def prepare(source: Path, version: str, call: Call) -> Callable[[], None]:
 
 
 @lru_cache(maxsize=64)
-def _compile(source: Path, _modified: int, version: str) -> Any:
+def _compile(source: Path, _modified: int, version: str, *defines: str) -> Any:
     compile_kernel = getattr(torch.cuda, "_compile_kernel", None)  # private in 2.9 to 2.13
     if compile_kernel is None:
         raise RuntimeError(f"torch {torch.__version__} has no torch.cuda._compile_kernel: use torch 2.11 to 2.13")
-    return compile_kernel(source.read_text(), version)
+    options = [f"-D{name}" for name in defines]
+    return compile_kernel(source.read_text(), version, nvcc_options=options or None)

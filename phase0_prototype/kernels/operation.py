@@ -13,12 +13,16 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One launch: ``rows`` x ``cols`` of the result decide the grid, ``args`` follow the kernel's signature."""
+    """One launch: ``rows`` x ``cols`` of the result decide the grid, ``args`` follow the kernel's signature.
+
+    ``defines`` are macros that the source is compiled with, such as its scalar type.
+    """
 
     out: torch.Tensor
     rows: int
     cols: int
     args: tuple[torch.Tensor | int, ...]
+    defines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

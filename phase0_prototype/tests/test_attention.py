@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase0_prototype.attention import AttentionSpec, TorchAttention
+from phase0_prototype.attention import AttentionSpec, TorchAttention, write_kv
 from phase0_prototype.batch import Batch, ScheduledRequest, Step
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
@@ -56,6 +56,7 @@ def error_of(sequences, *, heads=(4, 2), window=None, round_up=1) -> float:
     backend = TorchAttention(round_up)
     batch = batch_of(sequences)
     plan = backend.plan(batch, frozenset({window, None}), BLOCK)
+    write_kv(cache[0], cache[1], plan.slots, k, v)
     out = backend.run(spec, q, k, v, (cache[0], cache[1]), plan)
     assert out.shape == (tokens, heads[0] * D)
     worst, starts = 0.0, [0, *accumulate(new for *_, new in sequences)]

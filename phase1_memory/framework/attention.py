@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phase0_prototype.attention import AttentionSpec, write_kv
+from phase0_prototype.attention import AttentionSpec
 from phase0_prototype.batch import Batch
 from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
@@ -94,19 +94,18 @@ class PagedTorchAttention:
     def run(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], plan: PagedPlan
     ) -> Tensor:
-        """Write the new keys and values, then attend.
+        """Attend; the new keys and values are in the cache by now.
 
         Args:
             spec: the layer's shape.
             q: [T, Hq, D], rotated.
-            k, v: [T, Hkv, D], k rotated.
+            k, v: [T, Hkv, D], k rotated: the new ones, for those whose past is empty.
             kv: the layer's cache, two of [blocks, page, Hkv, D].
             plan: of this step.
 
         Returns:
             [T, Hq * D].
         """
-        write_kv(*kv, plan.slots, k, v)
         out = torch.empty_like(q).flatten(1)  # [T, Hq * D]
         for i, seq in enumerate(plan.sequences):
             rows = slice(seq.start, seq.end)

@@ -12,7 +12,7 @@ import torch
 
 from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.llm import LLM as PrototypeLLM
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase0_prototype.attention import AttentionSpec, TorchAttention
+from phase0_prototype.attention import AttentionSpec, TorchAttention, write_kv
 from phase0_prototype.batch import Batch, ScheduledRequest, Step
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
@@ -103,6 +103,7 @@ class Run:
         )
         batch = batch_of(case.sequences, self.tables, case.page)
         self.plan = change_plan(backend.plan(batch, frozenset({case.window, None}), case.page))
+        write_kv(self.cache[0], self.cache[1], self.plan.slots, self.k, self.v)
         self.out = backend.run(case.spec, self.q, self.k, self.v, (self.cache[0], self.cache[1]), self.plan)
 
     def check(self) -> None:

@@ -19,6 +19,7 @@ from phase0_prototype.tests.checkpoints import CONTEXT, VARIANTS, random_prompt
 from phase1_memory import LLM as NAMED_BY_THE_PACKAGE
 from phase1_memory.llm import LLM
 from phase1_memory.offload_file import FileCalls, FileTier
+from phase1_memory.probe import reads_cache
 from phase1_memory.tests.conftest import is_empty
 
 LENGTHS = (1, 40, 7, 2, 19, 33, 16, 5)
@@ -478,3 +479,19 @@ def test_bad_prompts_and_params_leave_nothing_behind(made, load):
             llm.generate(prompts, params)
         assert "\n" not in str(caught.value)
     assert llm.engine.runner.forward_passes == 0 and llm.engine.kv.num_free == 8
+
+
+# Models that keep nothing
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_a_model_that_reads_no_cache_is_refused(made, block_size):
+    with pytest.raises(UserError, match=r"phase0=framework: its model does not read the KV cache.*--phase phase0"):
+        LLM(made.path, dtype="float32", device="cpu", use="phase0=framework,phase1=solution", block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-one-layer", "mistral-window"])
+def test_one_that_does_is_not(checkpoint, load, variant, block_size):
+    llm = load(checkpoint(variant), block_size=block_size)
+    assert reads_cache(llm.engine.model, llm.engine.kv)

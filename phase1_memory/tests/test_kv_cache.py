@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase1_memory.kv_cache import pieces

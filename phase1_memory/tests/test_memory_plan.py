@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phase0_prototype.config import load_config
 from phase0_prototype.errors import UserError
 from phase0_prototype.hub import SHIPPED
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase1_memory.engine_config import PagedConfig
 from phase1_memory.memory_plan import Memory, MemoryPlan, activation_bytes, memory_of, plan_memory
 

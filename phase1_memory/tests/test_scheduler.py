@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from phase0_prototype.batch import Batch
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from phase0_prototype.kv_cache import KVSpec
+from phase0_prototype.kv_spec import KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase1_memory.runs import Write

@@ -1,0 +1,1 @@
+"""Kernels that phase 2 starts from."""
