@@ -52,19 +52,25 @@ def kernels(device: str, *, dry: bool = False) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def engine(device: str, *, dry: bool = False) -> tuple[Figure, ...]:
+def engine(device: str, *, dry: bool = False, kind: type[LLM] = LLM, model: str = TINY) -> tuple[Figure, ...]:
     """Greedy tokens in float32: eager, as CUDA graphs, and the judgement of `transformers` on both.
 
     Each token must have the largest logit that `transformers` computes after all tokens before it, up to a tie. Token
     by token equality of three implementations would fail at the first tie, with nobody in the wrong.
+
+    Args:
+        device: "cuda", or "cpu" in a dry run.
+        dry: few tokens.
+        kind: whose engine.
+        model: name or directory of a small model.
     """
     lengths, new = ((5, 9), 4) if dry else (list(workloads.LENGTHS_OF_8), 64)
-    prompts = workloads.random_prompts(4096, list(lengths))
-    oracle = workloads.load_transformers(resolve_model(TINY), torch.float32, device)
+    oracle = workloads.load_transformers(resolve_model(model), torch.float32, device)
+    prompts = workloads.random_prompts(oracle.config.vocab_size, list(lengths))
     tokens: dict[str, list[list[int]]] = {}
     figures: list[Figure] = []
     for runner in ("eager", "cuda-graph") if device.startswith("cuda") else ("eager",):
-        llm = LLM(TINY, dtype="float32", device=device, max_num_seqs=len(prompts), runner=runner)
+        llm = kind(model, dtype="float32", device=device, max_num_seqs=len(prompts), runner=runner)
         tokens[runner] = workloads.run_ours(llm, prompts, new).token_ids
         short = max(_shortfall(oracle, p, t) for p, t in zip(prompts, tokens[runner], strict=True))
         if not short <= TIE:

@@ -149,7 +149,7 @@ class Layers:
         """The token embedding."""
         return Embedding(name, self.config.vocab_size, self.config.hidden_size, self.dtype, self.device)
 
-    def rotary(self) -> RotaryTable:
+    def rotary(self) -> nn.Module:
         """The table that all layers share."""
         config = self.config
         return RotaryTable(config.rope, config.head_dim, self.max_model_len, self.dtype, self.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -77,7 +77,7 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(layers, i) for i in range(config.num_layers))
         self.norm = layers.norm("model.norm", config.hidden_size)
         self.lm_head = layers.head("lm_head", self.embed_tokens)
-        self.rotary = layers.rotary()
+        self.rotary: Any = layers.rotary()
         self.backend = layers.backend
         self.windows = frozenset(config.sliding_windows)
         self.kv_spec = layers.kv_spec()

@@ -7,7 +7,6 @@ all layers have a dense MLP: experts arrive in phase 6.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from phase0_prototype.config import ARCHITECTURES as DENSE
 from phase0_prototype.config import Architecture, ModelConfig, RopeConfig, decoder
 from phase0_prototype.config_fields import Fields
 from phase0_prototype.errors import ConfigError
+from phase2_rope.scaling import mscale
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,13 @@ def score_scale(rope: RopeConfig, width: int) -> float:
     Raises:
         ConfigError: `mscale_all_dim` without a factor.
     """
-    mscale = rope.parameters.get("mscale_all_dim") or 0
-    if rope.rope_type == "default" or not mscale:
+    weight = rope.parameters.get("mscale_all_dim") or 0
+    if rope.rope_type == "default" or not weight:
         return width**-0.5
     factor = rope.parameters.get("factor")
     if not isinstance(factor, int | float):
-        raise ConfigError(f"rope_parameters has mscale_all_dim = {mscale} and factor = {factor!r}: it needs a number")
-    m = 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
-    return float(width**-0.5 * m * m)
+        raise ConfigError(f"rope_parameters has mscale_all_dim = {weight} and factor = {factor!r}: it needs a number")
+    return float(width**-0.5 * mscale(factor, weight) ** 2)
 
 
 def _deepseek(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from module0_profiling.course.parts import Use, resolve
+from phase0_prototype.engine import ROOM as PROTOTYPE
 from phase0_prototype.engine import Engine
 from phase1_memory import engine as paged
 from phase1_memory.engine_config import PagedConfig
@@ -20,5 +21,10 @@ def build(
 ) -> Engine:
     """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1."""
     use = use or Use()
-    layers = partial(RopeLayers, rope=resolve(ROOM, "rope", use), mla=resolve(ROOM, "mla", use))
+    layers = partial(
+        RopeLayers,
+        rope=resolve(ROOM, "rope", use),
+        mla=resolve(ROOM, "mla", use),
+        gathered=use.of(PROTOTYPE) != "solution",
+    )
     return paged.build(config, use, advance, layers=layers, architectures=ARCHITECTURES)

@@ -16,7 +16,7 @@ from phase0_prototype.layers import Attention, Layers, RMSNorm
 from phase0_prototype.linear import LinearFormat, Part
 from phase0_prototype.weights import Destination
 from phase2_rope.deepseek import DeepseekConfig, LatentSpec
-from phase2_rope.rotary import Rotary
+from phase2_rope.rotary import Rotary, reads_table
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps says: as transformers has it
 
@@ -41,6 +41,8 @@ class RopeAttention(Attention):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rope.rotate_and_write(q, k, v, rotary, plan.slots, kv)
+        if k is None:  # only the cache has it turned
+            k = kv[0][plan.slots] if plan.sequences else v  # decodes don't ask for it
         q = q if rows is None else q[rows]
         return self.out(self.backend.run(self.spec, q, k, v, kv, plan))
 
@@ -107,10 +109,19 @@ class LatentAttention(nn.Module):
             q = self.q_up(self.q_norm(q))
         q = q.reshape(-1, spec.num_heads, spec.query)  # [T, H, P + R]
         latent, key = entry.split((spec.latent, spec.rope), dim=-1)
-        turned, key = self.rope.rotate(q[..., spec.nope :], key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
-        q = torch.cat((q[..., : spec.nope], turned), dim=-1)
-        entry = torch.cat((self.latent_norm(latent), key[:, 0]), dim=-1)  # [T, L + R]
-        kv[0].index_put_(plan.slots, entry.unsqueeze(1))
+        nope, turning = q.split((spec.nope, spec.rope), dim=-1)
+        if reads_table(rotary):  # one launch turns and writes: the latent goes the way of a value
+            both = kv[0][..., spec.latent :], kv[0][..., : spec.latent]
+            latent = self.latent_norm(latent).unsqueeze(1)
+            turned, _ = self.rope.rotate_and_write(
+                turning, key.unsqueeze(1), latent, rotary, plan.slots, both, interleaved=spec.interleaved
+            )
+            entry = kv[0][plan.slots][:, 0] if plan.sequences else entry  # decodes don't ask for it
+        else:
+            turned, key = self.rope.rotate(turning, key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
+            entry = torch.cat((self.latent_norm(latent), key[:, 0]), dim=-1)  # [T, L + R]
+            kv[0].index_put_(plan.slots, entry.unsqueeze(1))
+        q = torch.cat((nope, turned), dim=-1)
         q = q if rows is None else q[rows]
         return self.out(self.backend.run(spec, q, entry, self.up.weight, kv[0], plan))
 
@@ -121,6 +132,7 @@ class RopeLayers(Layers):
     Args:
         rope: the module that turns: `rotate` and `rotate_and_write`.
         mla: the module with `PagedLatentAttention`.
+        gathered: the model that these are for may turn q and k by itself, and wants cosines and sines.
     """
 
     def __init__(
@@ -134,8 +146,9 @@ class RopeLayers(Layers):
         *,
         rope: ModuleType,
         mla: ModuleType,
+        gathered: bool = False,
     ) -> None:
-        self.rope = rope
+        self.rope, self.gathered = rope, gathered
         self.latent_backend = mla.PagedLatentAttention() if isinstance(config, DeepseekConfig) else None
         super().__init__(config, dtype, device, self.latent_backend or backend, max_model_len, number_format)
 
@@ -143,7 +156,15 @@ class RopeLayers(Layers):
         """Cosines and sines by the config's rope type."""
         c = self.config
         width = c.latent.rope if isinstance(c, DeepseekConfig) else c.head_dim
-        return Rotary(c.rope, width, self.max_model_len, self.dtype, self.device, context=c.max_position_embeddings)
+        return Rotary(
+            c.rope,
+            width,
+            self.max_model_len,
+            self.dtype,
+            self.device,
+            context=c.max_position_embeddings,
+            gathered=self.gathered,
+        )
 
     def kv_spec(self) -> KVSpec:
         """Keys and values, or one entry of latent and rotary key."""

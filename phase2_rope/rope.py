@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from phase0_prototype.attention import write_kv
+from phase2_rope.rotary import reads_table
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -32,15 +33,16 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     Returns:
         q and k turned, in the layout that they had.
     """
-    if _is_table(sin):
+    if reads_table((cos, sin)):
         from phase2_rope.kernels import rope_triton
 
         rope_triton.rotate(q, k, cos, sin, interleaved=interleaved)
         return q, k
     if torch.compiler.is_compiling():
         return _fused(q, cos, sin, interleaved), _fused(k, cos, sin, interleaved)
-    joined = _joined(q, k)
-    for x in (q, k) if joined is None else (joined,):
+    rotated = 2 * cos.shape[-1]
+    joined = _joined(q, k, rotated)
+    for x in (q[..., :rotated], k[..., :rotated]) if joined is None else (joined,):
         if interleaved:
             _multiply_complex(x, cos, sin)
         else:
@@ -57,7 +59,7 @@ def rotate_and_write(
     kv: tuple[Tensor, Tensor],
     *,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`rotate`, and keys and values are in the cache afterwards.
 
     Args:
@@ -68,37 +70,32 @@ def rotate_and_write(
         interleaved: see `rotate`.
 
     Returns:
-        q and k turned.
+        q and k turned; None for k where it is turned in the cache alone: the kernel moves it once.
     """
-    if _is_table(rotary[1]):
+    if reads_table(rotary):
         from phase2_rope.kernels import rope_triton
 
         rope_triton.rotate_and_write(q, k, v, *rotary, slots, *kv, interleaved=interleaved)
-        return q, kv[0][slots]  # the kernel leaves k as it was: turned, it is in the cache
+        return q, None
     q, k = rotate(q, k, *rotary, interleaved=interleaved)
     write_kv(*kv, slots, k, v)
     return q, k
 
 
-def _is_table(sin: Tensor) -> bool:
-    return sin.dtype == torch.int64  # rows of a table, for the kernel
-
-
 def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """[T, H, D] in place, pairs (x[i], x[i + R/2])."""
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
+    """[T, H, R] in place, pairs (x[i], x[i + R/2])."""
+    first, second = x.chunk(2, dim=-1)
     crossed = first * sin  # before `first` changes
     first.mul_(cos).addcmul_(second, sin, value=-1)
     torch.addcmul(crossed, second, cos, out=second)
 
 
 def _multiply_complex(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """[T, H, D] in place, pairs (x[2i], x[2i + 1]): each is multiplied by cos + i sin, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pairs = x[..., : 2 * cos.shape[-1]].unflatten(-1, (-1, 2))  # [T, H, R/2, 2]
+    """[T, H, R] in place, pairs (x[2i], x[2i + 1]): each is multiplied by cos + i sin, in float32 at least."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pairs = x.unflatten(-1, (-1, 2))  # [T, H, R/2, 2]
     as_it_lies = x.dtype == wide and all(n % 2 == 0 for n in (*pairs.stride()[:-1], pairs.storage_offset()))
-    numbers = pairs if as_it_lies else pairs.to(wide, memory_format=torch.contiguous_format)
+    numbers = pairs if as_it_lies else pairs.to(wide, copy=True, memory_format=torch.contiguous_format)
     torch.view_as_complex(numbers).mul_(torch.complex(cos.to(wide), sin.to(wide)))
     if not as_it_lies:
         pairs.copy_(numbers)
@@ -114,11 +111,12 @@ def _fused(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, x[..., rotated:]), dim=-1) if rotated < x.shape[-1] else turned
 
 
-def _joined(q: Tensor, k: Tensor) -> Tensor | None:
-    """q and k as one tensor [T, Hq + Hkv, D], where k's heads lie behind q's in the same memory."""
-    behind = q.storage_offset() + q.shape[1] * q.stride(1)
-    if q.stride() != k.stride() or k.storage_offset() != behind or q.shape[::2] != k.shape[::2]:
+def _joined(q: Tensor, k: Tensor, rotated: int) -> Tensor | None:
+    """The first R dims of q and k as one tensor [T, Hq + Hkv, R], where k's heads lie behind q's in the same memory."""
+    strides, (tokens, heads, _) = q.stride(), q.shape
+    behind = heads * strides[1]
+    if k.stride() != strides or k.shape[0] != tokens or k.storage_offset() - q.storage_offset() != behind:
         return None
-    if q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+    if k.data_ptr() - q.data_ptr() != behind * q.itemsize:  # another memory, at the fitting offset
         return None
-    return q.as_strided((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.stride())
+    return q.as_strided((tokens, heads + k.shape[1], rotated), strides)

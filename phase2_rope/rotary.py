@@ -33,10 +33,11 @@ class Rotary(nn.Module):
         device: where the table lies.
         context: max_position_embeddings of the config. The type dynamic needs it, yarn and longrope do where their
             file has no `factor`.
+        gathered: also on a GPU `forward` fetches the rows itself, for attention that knows no kernel.
 
     Attributes:
-        cos_sin: [rows, R] float32. Row p is position p. longrope: positions up to its original context by the short
-            list, then all by the long one. dynamic: positions for texts up to `context`.
+        cos_sin: [rows, R] float32. Row p is position p. longrope: positions within its original context by the short
+            list, then all by the long one. dynamic: not read where texts may pass `context`.
 
     Raises:
         ConfigError: the type is unknown, or its parameters make no sense.
@@ -53,26 +54,28 @@ class Rotary(nn.Module):
         device: torch.device,
         *,
         context: int | None = None,
+        gathered: bool = False,
     ) -> None:
         super().__init__()
         if rope.rope_type not in SCALINGS:
             raise ConfigError(f"rope type {rope.rope_type!r} is not supported: there are {', '.join(SCALINGS)}")
         scaling, positions = SCALINGS[rope.rope_type], torch.arange(max_positions)
         short = scaling(rope, head_dim, context, 0)
-        self.dtype, self.attention_factor = dtype, short.attention_factor
-        self.short_rows = 0  # longrope: rows that the short list has
+        self.dtype, self.attention_factor, self.gathered = dtype, short.attention_factor, gathered
+        self.turning_point = max_positions  # longer texts are turned otherwise; no text is longer than this
         self.inv_freqs: Tensor | None = None  # dynamic: [lengths, R/2] float32, of `context` and all lengths beyond
-        self.first_length = 0  # dynamic: the length of their row 0
         cos_sin = self._cos_sin(positions, short.inv_freq)
         if rope.rope_type == "longrope":
-            original = int(rope.parameters["original_max_position_embeddings"])
-            long = scaling(rope, head_dim, context, original + 1)
-            cos_sin = torch.cat((cos_sin[:original], self._cos_sin(positions, long.inv_freq)))
-            self.original, self.short_rows = original, min(original, max_positions)
+            self.turning_point = min(int(rope.parameters["original_max_position_embeddings"]), max_positions)
         elif rope.rope_type == "dynamic" and context is not None:
-            lengths = torch.arange(context, max(context, max_positions) + 1)
+            self.turning_point = min(context, max_positions)
+        self.by_length = self.turning_point < max_positions
+        if self.by_length and rope.rope_type == "longrope":
+            long = scaling(rope, head_dim, context, self.turning_point + 1)
+            cos_sin = torch.cat((cos_sin[: self.turning_point], self._cos_sin(positions, long.inv_freq)))
+        elif self.by_length:
+            lengths = torch.arange(self.turning_point, max_positions + 1)
             self.inv_freqs = dynamic_inv_freq(rope, head_dim, context, lengths).to(device)
-            self.first_length = context
         self.cos_sin = cos_sin.to(device)
 
     def places(self, batch: Batch) -> Tensor:
@@ -81,32 +84,37 @@ class Rotary(nn.Module):
         Returns:
             [T] int64, rows of `cos_sin`; for dynamic [2, T] int64: positions, and rows of `inv_freqs`.
         """
-        if self.inv_freqs is None and not self.short_rows:
+        if not self.by_length:
             return batch.positions
         prompts = torch.tensor(batch.prompt_lens).repeat_interleave(torch.tensor(batch.query_lens))
         lengths = torch.maximum(prompts.to(batch.positions.device, non_blocking=True), batch.positions + 1)  # [T]
+        beyond = (lengths - self.turning_point).clamp_min(0)
         if self.inv_freqs is None:
-            return torch.where(lengths > self.original, batch.positions + self.short_rows, batch.positions)
-        return torch.stack((batch.positions, (lengths - self.first_length).clamp_min(0)))
+            return torch.where(beyond > 0, batch.positions + self.turning_point, batch.positions)
+        return torch.stack((batch.positions, beyond))
 
     def forward(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """What `rope.rotate` and `rope.rotate_and_write` take.
 
         Returns:
-            On a CPU cos and sin of each token, [T, 1, R/2] in the model's dtype. On a GPU the table [rows, R] float32
-            and each token's row [T] int64, for the kernel to fetch.
+            On a CPU, or `gathered`, cos and sin of each token, [T, 1, R/2] in the model's dtype. On a GPU the table
+            [rows, R] float32 and each token's row [T] int64, for the kernel to fetch.
         """
         table, rows = self.cos_sin, places
-        if self.inv_freqs is not None:
-            table = self._cos_sin(places[0], self.inv_freqs[places[1]])  # [T, R]
+        if self.inv_freqs is not None:  # a table of this step, [T, R]
+            table = self._cos_sin(places[0], self.inv_freqs[places[1]])
             rows = torch.arange(places.shape[1], device=places.device)
-        if table.is_cuda:
+        if table.is_cuda and not self.gathered:
             return table, rows
-        gathered = table if self.inv_freqs is not None else table[rows]
-        cos, sin = gathered.to(self.dtype).unsqueeze(1).chunk(2, dim=-1)
+        cos, sin = table[rows].to(self.dtype).unsqueeze(1).chunk(2, dim=-1)
         return cos, sin
 
     def _cos_sin(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
         """[N] int64 and [R/2] or [N, R/2] float32 -> [N, R] float32."""
         angles = positions.float()[:, None] * inv_freq
         return torch.cat((angles.cos(), angles.sin()), dim=-1) * self.attention_factor
+
+
+def reads_table(rotary: tuple[Tensor, Tensor]) -> bool:
+    """Whether `Rotary` gave a table and rows, which a kernel reads itself, instead of cosines and sines."""
+    return rotary[1].dtype == torch.int64

@@ -67,7 +67,7 @@ TINY: Mapping[str, Any] = MappingProxyType(
         "qk_nope_head_dim": 16,
         "v_head_dim": 12,
         "first_k_dense_replace": 2,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 256,
         "rope_scaling": {**YARN, "factor": 4, "original_max_position_embeddings": 64},
     }
 )

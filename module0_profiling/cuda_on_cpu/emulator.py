@@ -21,13 +21,13 @@ from module0_profiling.gpu_tools import CompileError, find_host_compiler
 from module0_profiling.nvrtc import first_error
 
 HERE = Path(__file__).parent
-GUARD = 4096  # bytes around every buffer in which an access counts as out of bounds (kGuard in runtime.cpp)
+GUARD = 65536  # bytes around every buffer in which an access counts as out of bounds (kGuard in runtime.cpp)
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """The address ``offset`` bytes into a contiguous array: what a kernel gets of a tensor that is a part of another."""
+    """The address ``offset`` bytes into a contiguous array: what a kernel gets of a part of a tensor."""
 
     array: np.ndarray
     offset: int

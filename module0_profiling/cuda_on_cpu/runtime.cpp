@@ -26,7 +26,7 @@ struct Counts { Side global_loads, global_stores, shared_loads, shared_stores; u
 
 namespace {
 constexpr size_t kStack = 96 * 1024;
-constexpr uintptr_t kGuard = 4096;  // the caller leaves this much room on both sides of every buffer
+constexpr uintptr_t kGuard = 65536;  // the caller leaves this much room on both sides of every buffer
 enum State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Buffer { uintptr_t begin, end; };

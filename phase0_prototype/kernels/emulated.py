@@ -33,4 +33,4 @@ def pointer(tensor: torch.Tensor) -> Pointer:
     """
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
     array: np.ndarray = storage.numpy()
-    return Pointer(array, tensor.storage_offset() * tensor.element_size())
+    return Pointer(array, int(tensor.storage_offset()) * tensor.element_size())

@@ -105,16 +105,23 @@ def bench(operation: Operation, *, size: int | None = None, rounds: int = 7, dev
 
 
 def ncu_command(operation: Operation) -> str:
-    """The command that measures what only the hardware knows: achieved occupancy, sectors, bank conflicts."""
+    """`ncu_of` for the module that times an operation of this phase."""
+    return ncu_of(operation.source, f"-m phase0_prototype.kernels.{operation.source.stem}")
+
+
+def ncu_of(source: Path, arguments: str) -> str:
+    """The command that measures what only the hardware knows: achieved occupancy, sectors, bank conflicts.
+
+    ``arguments`` are those of a Python that launches the kernels of ``source``.
+    """
     metrics = (
         "sm__warps_active.avg.pct_of_peak_sustained_active",
         "dram__throughput.avg.pct_of_peak_sustained_elapsed",
         "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio",
         "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
     )
-    kernels = "|".join(version.name for version in ladder.read(operation.source))
-    module = f"phase0_prototype.kernels.{operation.source.stem}"
-    return f"ncu --kernel-name 'regex:{kernels}' --metrics {','.join(metrics)} {sys.executable} -m {module}"
+    kernels = "|".join(version.name for version in ladder.read(source))
+    return f"ncu --kernel-name 'regex:{kernels}' --metrics {','.join(metrics)} {sys.executable} {arguments}"
 
 
 def main(operation: Operation) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phase0_prototype.attention import write_kv
+from phase2_rope.rotary import reads_table
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     # TASK 2.2: q and k are turned one after the other, into new memory, in seven operations each that read or write it
     # nine times. Turn them where they lie, both at once if they lie side by side, in as few operations as torch has for
     # it. On a GPU that is one launch of your kernel, which reads the table itself.
-    if sin.dtype == torch.int64:
+    if reads_table((cos, sin)):
         cos, sin = cos[sin].to(q.dtype).unsqueeze(1).chunk(2, dim=-1)
     return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
 
@@ -37,7 +38,7 @@ def rotate_and_write(
     kv: tuple[Tensor, Tensor],
     *,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`rotate`, and keys and values are in the cache afterwards.
 
     Args:
@@ -48,7 +49,7 @@ def rotate_and_write(
         interleaved: see `rotate`.
 
     Returns:
-        q and k turned.
+        q and k turned; None for k where it is turned in the cache alone: the kernel moves it once.
     """
     # TASK 2.2: on a GPU the write is a launch of its own, and reads again what the turn has just written.
     turned, key = rotate(q, k, *rotary, interleaved=interleaved)

@@ -68,7 +68,8 @@ CASES = (  # of the gates for errors: every type and pairing, R < D, sizes witho
     Case(9, 3, 1, 128, 128, dtype=torch.float16, in_place=False),
     Case(3, 2, 2, 80, 48, in_place=False, padding=True),
     Case(2, 5, 1, 20, 10, interleaved=True, dtype=torch.float32),
-    Case(6, 2, 1, 96, 96),
+    Case(3, 2, 1, 20, 16),
+    Case(6, 5, 2, 96, 96),
     Case(1, 4, 1, 64, 32, dtype=torch.float16),
 )
 
@@ -203,8 +204,8 @@ def overhead(source: Path, version: str, case: Case) -> float:
 def predicted_bytes(version: str, case: Case) -> int:
     """Bytes in whole sectors that a version moves for many tokens, where R = D and half a head fills warps.
 
-    Data is used to the last byte, but interleaved scalars fetch each sector twice: once for x, once for y. A lane of the
-    last versions needs 8 (4) neighbouring cos, which are two accesses to one sector; interleaved, they are two sectors.
+    Data is used to the last byte, but interleaved scalars fetch each sector twice: once for x, once for y. A lane of
+    the last versions needs 8 (4) neighbouring cos: two accesses to one sector; interleaved, to two sectors.
     """
     element, row = case.dtype.itemsize, 4 * case.rotated
     data = 2 * case.heads * case.rotated * element

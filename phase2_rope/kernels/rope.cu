@@ -100,7 +100,9 @@ struct Rows {
     const Scalar* in;
     Scalar* out;
     int heads, in_head, out_head;
-    __device__ __forceinline__ Row at(int head) const { return {in + (size_t)head * in_head, out + (size_t)head * out_head}; }
+    __device__ __forceinline__ Row at(int head) const {
+        return {in + (size_t)head * in_head, out + (size_t)head * out_head};
+    }
 };
 
 // One token: its heads are numbered q, then k, which turn, then v, which is copied.

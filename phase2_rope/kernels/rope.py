@@ -23,6 +23,7 @@ LANES = 32  # of a warp, which turns one token
 TOKENS = 4  # of a block of the last versions
 BLOCKS = 1024  # that keep any GPU of today busy: with fewer, the heads of a token are dealt out to several
 Slots = tuple[Tensor, Tensor]
+Args = tuple[Tensor | int, ...]
 
 
 def rotate(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, *, interleaved: bool = False) -> None:
@@ -71,7 +72,7 @@ def rotate_and_write(
     Args:
         q, k, v: [T, Hq, D], [T, Hkv, D] twice, of any strides.
         slots: two of [T] int64, the block and the place in it; a negative block is padding: nothing is written.
-        keys, values: [blocks, P, Hkv, D].
+        keys, values: [blocks, P, Hkv, D]; values, and v, may have another width: MLA writes its latent as v.
     """
     rows = cos_sin[positions]
     q.copy_(_turned(q, rows, interleaved))
@@ -110,7 +111,7 @@ def call(
     vectors = vectors_fit((q, k, out_q, out_k), cos_sin)
     strides = [s for x in (q, k, out_q, out_k) for s in x.stride()[:2]]
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], cos_sin.shape[1], int(interleaved), int(vectors))
-    args = (q, k, out_q, out_k, cos_sin, positions, *sizes, *strides)
+    args: Args = (q, k, out_q, out_k, cos_sin, positions, *sizes, *strides)
     return _call(q, q.shape[1] + k.shape[1], cos_sin, vectors, args)
 
 
@@ -136,7 +137,7 @@ def call_and_write(
     vectors = vectors_fit((q, k, v, keys, values), cos_sin)
     strides = [s for x in (q, k, v) for s in x.stride()[:2]] + list(keys.stride()[:3])
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], cos_sin.shape[1], int(interleaved), int(vectors))
-    args = (q, k, v, keys, values, cos_sin, positions, *slots, *sizes, *strides)
+    args: Args = (q, k, v, keys, values, cos_sin, positions, *slots, *sizes, *strides)
     return _call(q, q.shape[1] + 2 * k.shape[1], cos_sin, vectors, args)
 
 
@@ -168,7 +169,7 @@ def head_groups(tokens: int, heads: int, rotated: int, element_size: int, vector
     return max(1, min(-(-heads // at_once), BLOCKS // -(-tokens // TOKENS) if tokens else 1))
 
 
-def _call(q: Tensor, heads: int, cos_sin: Tensor, vectors: bool, args: tuple[Tensor | int, ...]) -> Call:
+def _call(q: Tensor, heads: int, cos_sin: Tensor, vectors: bool, args: Args) -> Call:
     tokens = q.shape[0]
     groups = head_groups(tokens, heads, cos_sin.shape[1], q.element_size(), vectors)
     return Call(q, groups, tokens, args, (SCALARS[q.dtype],))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,11 +50,11 @@ def _move(in_ptrs, out_ptrs, read, written, MASKED: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _copy_heads(
+def _copy_heads(  # type: ignore[no-untyped-def]
     in_rows, in_head, out_rows, out_head, read, written, first, step,
     HEADS: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr, MASKED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Copy dims BEGIN to END of all heads of some tokens, `step` groups of heads apart; WIDTH is a power of two."""
     dim = BEGIN + tl.arange(0, WIDTH)[None, None, :]
     for group in range(first, (HEADS + BLOCK_H - 1) // BLOCK_H, step):
@@ -71,11 +70,11 @@ def _copy_heads(
 
 
 @triton.jit
-def _turn_heads(
+def _turn_heads(  # type: ignore[no-untyped-def]
     in_rows, in_head, out_rows, out_head, read, written, cos, sin, first, step,
     HEADS: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, MASKED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Turn the first R dims of all heads of some tokens; rows are pointers [BLOCK_T], masks [BLOCK_T]."""
     RAGGED: tl.constexpr = MASKED or HEADS % BLOCK_H != 0 or 2 * HALF != R
     for group in range(first, (HEADS + BLOCK_H - 1) // BLOCK_H, step):
@@ -112,12 +111,12 @@ def _turn_heads(
 
 
 @triton.jit
-def rope_kernel(
+def rope_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, out_q_ptr, out_k_ptr, table_ptr, positions_ptr, tokens,
     q_token, q_head, k_token, k_head, out_q_token, out_q_head, out_k_token, out_k_head,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One program turns BLOCK_T tokens; programs along y share their heads. REST > 0: dims from R on are copied."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < tokens
@@ -137,12 +136,13 @@ def rope_kernel(
 
 
 @triton.jit
-def rope_write_kernel(
+def rope_write_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, blocks_ptr, places_ptr, tokens,
     q_token, q_head, k_token, k_head, v_token, v_head, block_stride, place_stride, head_stride,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    DV: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """As `rope_kernel`; k goes to its place in the cache as it is turned, v as it is."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < tokens
@@ -161,14 +161,14 @@ def rope_write_kernel(
                 HQ, R, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, not EVEN)  # fmt: skip
     _turn_heads(k, k_head, keys_ptr + slot, head_stride, inside, real, cos, sin, first_k, step,
                 HK, R, HALF, INTERLEAVED, BLOCK_T, BLOCK_H, True)  # fmt: skip
-    _copy_heads(v, v_head, values_ptr + slot, head_stride, inside, real, first_v, step, HK, 0, D, WIDTH, BLOCK_H, True)
+    _copy_heads(v, v_head, values_ptr + slot, head_stride, inside, real, first_v, step, HK, 0, DV, WIDTH, BLOCK_H, True)
     if REST > 0:
         _copy_heads(k, k_head, keys_ptr + slot, head_stride, inside, real, first_k, step, HK, R, D, REST, BLOCK_H, True)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a program, heads that it holds at once, programs that share the heads of a token, warps of a program."""
+    """Tokens of a program, heads that it holds at once, programs that share the heads of a token, its warps."""
 
     tokens: int
     heads: int
@@ -213,7 +213,8 @@ def rotate_into(
         q, k, out_q, out_k, cos_sin, positions, tokens,
         *q.stride()[:2], *k.stride()[:2], *out_q.stride()[:2], *out_k.stride()[:2],
         HQ=hq, HK=hk, D=dim, R=rotated, HALF=_power(rotated // 2), REST=_power(rest), INTERLEAVED=interleaved,
-        BLOCK_T=tile.tokens, BLOCK_H=tile.heads, EVEN=tokens % tile.tokens == 0, num_warps=tile.warps,
+        BLOCK_T=tile.tokens, BLOCK_H=tile.heads, EVEN=tokens % tile.tokens == 0,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -243,8 +244,10 @@ def rotate_and_write(
     rope_write_kernel[triton.cdiv(tokens, tile.tokens), tile.groups](
         q, k, v, keys, values, cos_sin, positions, *slots, tokens,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],
-        HQ=hq, HK=hk, D=dim, R=rotated, HALF=_power(rotated // 2), REST=_power(dim - rotated), WIDTH=_power(dim),
-        INTERLEAVED=interleaved, BLOCK_T=tile.tokens, BLOCK_H=tile.heads, EVEN=tokens % tile.tokens == 0, num_warps=tile.warps,
+        HQ=hq, HK=hk, D=dim, R=rotated, HALF=_power(rotated // 2), REST=_power(dim - rotated),
+        DV=v.shape[2], WIDTH=_power(v.shape[2]),
+        INTERLEAVED=interleaved, BLOCK_T=tile.tokens, BLOCK_H=tile.heads, EVEN=tokens % tile.tokens == 0,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -252,8 +255,8 @@ def _power(size: int) -> int:
     return triton.next_power_of_2(size) if size else 0
 
 
-def _builds(hq: int, hk: int, dim: int, *, interleaved: bool = False, fused: bool = True) -> tuple[TritonBuild, ...]:
-    """For many tokens in bfloat16, in place; with the write too where `fused`."""
+def _builds(hq: int, hk: int, dim: int, dv: int, *, interleaved: bool = False) -> tuple[TritonBuild, ...]:
+    """For many tokens in bfloat16, in place, without the write and with it; values are `dv` wide."""
     layout = "interleaved " if interleaved else ""
     pointers = {"table_ptr": "*fp32", "positions_ptr": "*i64", "tokens": "i32"}
     sizes = {"HQ": hq, "HK": hk, "D": dim, "R": dim, "HALF": dim // 2, "REST": 0, "INTERLEAVED": interleaved}
@@ -265,23 +268,20 @@ def _builds(hq: int, hk: int, dim: int, *, interleaved: bool = False, fused: boo
     signature = {**dict.fromkeys(data, "*bf16"), **pointers, **dict.fromkeys(strides, "i32")}
     label = f"triton rope {layout}{hq}+{hk}x{dim}"
     found = [TritonBuild(label, rope_kernel, signature, constants, (*data, "table_ptr", *strides))]
-    if fused:
-        strides = [f"{n}_{what}" for n in ("q", "k", "v") for what in ("token", "head")]
-        strides += ["block_stride", "place_stride", "head_stride"]
-        data = [f"{name}_ptr" for name in ("q", "k", "v", "keys", "values")]
-        slots = dict.fromkeys(("blocks_ptr", "places_ptr"), "*i64")
-        signature = {**dict.fromkeys(data, "*bf16"), **pointers, **slots, **dict.fromkeys(strides, "i32")}
-        tile = Tile.of(65536, hq + 2 * hk, dim)
-        constants = {**constants, "BLOCK_T": tile.tokens, "BLOCK_H": tile.heads, "WIDTH": dim}
-        found.append(
-            TritonBuild(f"{label} write", rope_write_kernel, signature, constants, (*data, "table_ptr", *strides))
-        )
+    strides = [f"{n}_{what}" for n in ("q", "k", "v") for what in ("token", "head")]
+    strides += ["block_stride", "place_stride", "head_stride"]
+    data = [f"{name}_ptr" for name in ("q", "k", "v", "keys", "values")]
+    slots = dict.fromkeys(("blocks_ptr", "places_ptr"), "*i64")
+    signature = {**dict.fromkeys(data, "*bf16"), **pointers, **slots, **dict.fromkeys(strides, "i32")}
+    tile = Tile.of(65536, hq + 2 * hk, dim)
+    constants = {**constants, "BLOCK_T": tile.tokens, "BLOCK_H": tile.heads, "DV": dv, "WIDTH": dv}
+    found.append(TritonBuild(f"{label} write", rope_write_kernel, signature, constants, (*data, "table_ptr", *strides)))
     return tuple(found)
 
 
 AOT = (
-    *_builds(32, 8, 128),
-    *_builds(32, 4, 64),
-    *_builds(64, 8, 128),
-    *_builds(128, 1, 64, interleaved=True),  # MLA: what is turned is a slice of q, and one key that all heads share
+    *_builds(32, 8, 128, 128),
+    *_builds(32, 4, 64, 64),
+    *_builds(64, 8, 128, 128),
+    *_builds(128, 1, 64, 512, interleaved=True),  # MLA: slices of q, one key for all heads, a latent
 )

@@ -10,8 +10,31 @@ import pytest
 
 from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
-from phase0_prototype.tests.checkpoints import Checkpoint
+from phase0_prototype.tests import checkpoints
+from phase0_prototype.tests.checkpoints import VARIANTS, Checkpoint
 from phase0_prototype.tests.conftest import checkpoint, one_thread  # noqa: F401  the same fixtures here
+
+ORIGINAL = 32
+SCALINGS = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL,
+        "mscale": 0.8,
+        "mscale_all_dim": 0.5,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 6.0,
+        "original_max_position_embeddings": ORIGINAL,
+        "short_factor": [1.0 + 0.05 * i for i in range(8)],
+        "long_factor": [1.0 + 0.6 * i for i in range(8)],
+    },
+    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +61,38 @@ def load(use: Use) -> Callable[..., Any]:
     def get(source: Any, **settings: Any) -> Any:
         path = source.path if isinstance(source, Checkpoint) else source
         return LLM(path, **{"dtype": "float32", "device": "cpu", "runner": "eager", "use": use, **settings})
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory):
+    from phase2_rope.tests.deepseek_checkpoints import write
+
+    made = {}
+
+    def get(variant):
+        if variant not in made:
+            made[variant] = write(variant, tmp_path_factory.mktemp(variant))
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def scaled(tmp_path_factory):
+    """A tiny Llama with a rope type; where the type stretches it, the config's context is the original one."""
+    made = {}
+
+    def get(name, **more):
+        if name not in made:
+            context = {"max_position_embeddings": ORIGINAL} if name == "dynamic" else {}
+            changes = {"rope_parameters": SCALINGS[name], **context, **more}
+            VARIANTS[f"scaled-{name}"] = ("Llama", changes)
+            try:
+                made[name] = checkpoints.write(f"scaled-{name}", tmp_path_factory.mktemp(name))
+            finally:
+                del VARIANTS[f"scaled-{name}"]
+        return made[name]
 
     return get

@@ -13,7 +13,7 @@ from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import CONTEXT, random_prompt, with_files
 from phase2_rope.deepseek import ARCHITECTURES, score_scale
 from phase2_rope.shapes import TINY, V2_LITE_DENSE, checkpoint, tensor_shapes
-from phase2_rope.tests.deepseek_checkpoints import VARIANTS, write
+from phase2_rope.tests.deepseek_checkpoints import VARIANTS
 
 LENGTHS = (1, 40, 7, 2, 19)
 NEW = (40, 30, 50, 60, 25)
@@ -29,18 +29,6 @@ PARAMS = [greedy(count) for count in NEW]
 
 def tokens_of(outputs):
     return [[c.token_ids for c in output.outputs] for output in outputs]
-
-
-@pytest.fixture(scope="session")
-def deepseek(tmp_path_factory):
-    made = {}
-
-    def get(variant):
-        if variant not in made:
-            made[variant] = write(variant, tmp_path_factory.mktemp(variant))
-        return made[variant]
-
-    return get
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

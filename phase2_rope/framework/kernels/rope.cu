@@ -5,15 +5,15 @@
 // where (x, y) is (head[i], head[i + R/2]) ("neox") or, interleaved, (head[2i], head[2i + 1]) ("GPT-J").
 //
 // Work: no arithmetic to speak of. It must read and write q and k once, and read a row of cos and sin once a token: at
-// the rate of a copy. With the write into the cache: v is read and written once, too, and the turned k is not read again.
+// the rate of a copy. With the write into the cache: v is read and written once, and the turned k is not read again.
 //
-// Strides are in elements; the dims of a head are neighbours. `vectors` is 1 where every pointer and stride is a multiple
-// of 16 bytes, and R/2 and D are multiples of the elements of a 16-byte vector; where it is 0 all of this must work, too.
-// A token whose block is negative is padding: nothing is written to the cache for it. Outputs may be the inputs.
+// Strides are in elements; the dims of a head are neighbours. `vectors` is 1 where every pointer and stride is a
+// multiple of 16 bytes, and R/2 and D are multiples of the elements of a 16-byte vector; where it is 0 all of this must
+// work, too. A token whose block is negative is padding: nothing is written to the cache for it. Outputs may be inputs.
 //
-// The two comment lines above a kernel are read by the host: `tile AxB` says that a block takes B tokens, and A is 4096
+// The two comment lines above a kernel are read by the host: `tile AxB` says that a block takes B tokens; A is 4096
 // where it takes all heads, 1 where the host may deal them out to gridDim.y blocks; `block` is its threads. Change them
-// together with the kernel. Kernels are checked and counted on the CPU, so use static __shared__ arrays and no libraries.
+// together with the kernel. Kernels are checked and counted on the CPU: static __shared__ arrays only, no libraries.
 
 #if defined(SCALAR_F32)
 using Scalar = float;
