@@ -222,3 +222,19 @@ def test_unreadable_file_is_one_line(content: str | bytes | None, word: str, tmp
         load_config(tmp_path)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        ({"rope_type": "default"}, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "dynamic", "factor": 2.5}, 10240),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 64}, 4096),
+        ({"rope_type": "yarn", "factor": 2.0}, 8192),
+        ({"rope_type": "llama3", **LLAMA3_SCALING}, 4096),
+    ],
+)
+def test_a_scaling_stretches_what_a_model_may_be_asked_for(scaling: dict[str, Any], longest: int) -> None:
+    assert parse_config(raw("llama", max_position_embeddings=4096, rope_scaling=scaling)).longest == longest

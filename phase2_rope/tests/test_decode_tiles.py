@@ -30,41 +30,37 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 found = {}
 
-def attend(q, keys, values, scale):  # [T], [N, T], [N, U], all float64
-    weights = (keys @ q * scale).exp()  # small scores: no maximum needed
-    return weights @ values / weights.sum()
+def attend(q, keys, values, scale):  # [H, N], [S, H, N], [S, H, M] of one sequence
+    q, keys, values = q.double(), keys.double(), values.double()
+    weights = torch.softmax(torch.einsum("hn,shn->hs", q, keys) * scale, dim=1)
+    return torch.einsum("hs,shm->hm", weights, values)
 
 def error(got, exact):
+    exact = torch.stack(exact)
     return ((got.double() - exact).abs().max() / exact.abs().max()).nan_to_num(nan=float("inf")).item()
 
 lengths = torch.tensor([1, 33, 64, 70], dtype=torch.int32)  # one key, a ragged tile, whole tiles, a ragged last one
 for dtype in (torch.float32, torch.float16):
     for hq, hkv in ((2, 2), (8, 2), (16, 1)):
-        q, keys, values = torch.randn(4, hq, 32), torch.randn(4, 75, hkv, 32), torch.randn(4, 75, hkv, 32)
-        q, keys, values = (x.to(dtype) for x in (q, keys, values))
+        q, keys, values = (torch.randn(4, *shape, 32).to(dtype) for shape in ((hq,), (75, hkv), (75, hkv)))
+        exact = []
         for i, n in enumerate(lengths.tolist()):
+            repeated = (x[i, :n].repeat_interleave(hq // hkv, dim=1) for x in (keys, values))
+            exact.append(attend(q[i], *repeated, 32**-0.5))
             keys[i, n:] = values[i, n:] = float("nan")  # what no token wrote is not read
-        exact = torch.stack([
-            torch.stack([
-                attend(q[i, h].double(), keys[i, :n, h * hkv // hq].double(), values[i, :n, h * hkv // hq].double(), 32**-0.5)
-                for h in range(hq)
-            ]) for i, n in enumerate(lengths.tolist())
-        ])
         found[f"gqa {dtype} {hq} {hkv}"] = error(decode_tiles.gqa(q, keys, values, lengths, block_n=32), exact)
     for heads in (16, 24, 5):
         q, cache = torch.randn(4, heads, 80).to(dtype), torch.randn(4, 75, 80).to(dtype)
+        exact = []
         for i, n in enumerate(lengths.tolist()):
+            rows = cache[i, :n, None].expand(-1, heads, -1)
+            exact.append(attend(q[i], rows, rows[..., :64], 0.2))
             cache[i, n:] = float("nan")
-        exact = torch.stack([
-            torch.stack([
-                attend(q[i, h].double(), cache[i, :n].double(), cache[i, :n, :64].double(), 0.2) for h in range(heads)
-            ]) for i, n in enumerate(lengths.tolist())
-        ])
         for once, padded in ((True, False), (False, False), (True, True)):
-            got = decode_tiles.mla(
-                q, cache, lengths, 0.2, rope=16, once=once, padded=padded, block_h=16, block_n=32
+            variant = {"once": once, "padded": padded, "block_h": 16, "block_n": 32}
+            found[f"mla {dtype} {heads} {once} {padded}"] = error(
+                decode_tiles.mla(q, cache, lengths, 0.2, rope=16, **variant), exact
             )
-            found[f"mla {dtype} {heads} {once} {padded}"] = error(got, exact)
 print(json.dumps(found))
 """
 

@@ -105,7 +105,7 @@ EVEN = st.integers(2, 96).map(lambda n: 2 * n)
 def test_dynamic_for_any_length(theta, dims, factor, length):
     found = ours("dynamic", theta, dims, {"factor": factor}, length)
     wanted = expected("dynamic", theta, dims, {"factor": factor}, torch.tensor(length))
-    torch.testing.assert_close(found.inv_freq, wanted[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.inv_freq, wanted[0], rtol=1e-6, atol=1e-8)  # the last bits of pow
     base = theta * (factor * max(length, CONTEXT) / CONTEXT - (factor - 1)) ** (dims / (dims - 2))
     exact = [base ** (-2 * i / dims) for i in range(dims // 2)]
     torch.testing.assert_close(found.inv_freq.double(), torch.tensor(exact, dtype=torch.float64), rtol=2e-5, atol=0)
