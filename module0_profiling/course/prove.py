@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +84,19 @@ def loose_tasks(room: str, root: Path | None = None) -> list[str]:
     return found
 
 
-def gates_as_promised(room: str, root: Path | None = None, *, ratios: bool = False) -> tuple[list[str], list[str]]:
-    """Problems with the gates of framework and solution, and notes on those that this machine cannot measure."""
-    rows = [gate for gate in gates.load(room, root) if ratios or gate.kind != "ratio"]
+def gates_as_promised(
+    room: str, root: Path | None = None, *, ratios: bool = False, tests_of: Sequence[str] = ("framework", "solution")
+) -> tuple[list[str], list[str]]:
+    """Problems with the gates of framework and solution, and notes on those that this machine cannot measure.
+
+    Args:
+        ratios: whether ratios are measured, too.
+        tests_of: whose gates that name a test are graded. Where all tests run anyway, on the solution, it need not be.
+    """
+    found = [gate for gate in gates.load(room, root) if ratios or gate.kind != "ratio"]
     problems, notes = [], []
     for implementation in ("framework", "solution"):
+        rows = [gate for gate in found if not gate.pytest or implementation in tests_of]
         use = Use.parse(f"{room}={implementation}", root)
         for outcome in grade(rows, room, use, root, wait=False):
             problem = _broken_promise(outcome, implementation)
