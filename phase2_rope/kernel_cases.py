@@ -121,7 +121,7 @@ def against_copy(source: Path, version: str, tokens: int = 65536) -> float:
     return counts.minimum_bytes(version, case) / timing.median / copy_rate("cuda")
 
 
-def two_launches_over_one(source: Path, tokens: int = 4096) -> float:
+def two_launches_over_one(source: Path, tokens: int = 256) -> float:
     """Time of turning and writing in two launches over that in one, on a GPU: 32 + 8 heads of 128, bfloat16."""
     found = subjects(Case(tokens, 32, 8, 128, 128), "cuda", (), source)
     pair = {name: found[name] for name in (TWO, "rope_fast")}

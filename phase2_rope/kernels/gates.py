@@ -67,7 +67,7 @@ def write_requests(use: Use) -> float:
 
 
 def write_over_two_launches(use: Use) -> float:
-    """Time of ``rope_tokens`` and ``kv_write`` over that of ``rope_fast`` at 4096 tokens, in one run; needs CUDA."""
+    """Time of ``rope_tokens`` and ``kv_write`` over that of ``rope_fast`` at 256 tokens, in one run; needs CUDA."""
     from phase2_rope.kernel_cases import two_launches_over_one
 
     return two_launches_over_one(_file(use))
