@@ -121,7 +121,8 @@ class LatentAttention(nn.Module):
             turned, key = self.rope.rotate(turning, key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
             entry = torch.cat((self.latent_norm(latent), key[:, 0]), dim=-1)  # [T, L + R]
             kv[0].index_put_(plan.slots, entry.unsqueeze(1))
-        q = torch.cat((nope, turned), dim=-1)
+        if turned is not turning:  # not in place
+            q = torch.cat((nope, turned), dim=-1)
         q = q if rows is None else q[rows]
         return self.out(self.backend.run(spec, q, entry, self.up.weight, kv[0], plan))
 
