@@ -6,6 +6,7 @@ A module with Triton kernels names what to compile in a tuple ``AOT`` of ``Trito
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,10 @@ from typing import Any
 from module0_profiling.cuda_compile import Binary, assemble
 from module0_profiling.gpu_tools import CompileError, MissingTool
 
+TRAP = re.compile(
+    r"^\s*trap;", re.MULTILINE
+)  # what Triton makes of a kernel that tensor memory can't hold, and no error
+WRITE = re.compile(r"^\s*(@\S+ )?(st|red|atom|cp\.async\.bulk)[.\w:]*\.global", re.MULTILINE)
 DIVISIBILITY = 16  # pointers and strides that are multiples of 16: without the promise there are no 128-bit loads
 
 
@@ -57,6 +62,10 @@ def compile_triton(build: TritonBuild, arch: str) -> tuple[Binary, int]:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # a pass that fails raises many types, some of them private
         raise CompileError(f"Triton {triton.__version__} for {arch}, {build.label}: {error}".splitlines()[0]) from error
+    if TRAP.search(compiled.asm["ptx"]) and not WRITE.search(compiled.asm["ptx"]):
+        raise CompileError(
+            f"Triton {triton.__version__} for {arch}, {build.label}: all of it became a trap, it is too big"
+        )
     ptxas = Path(get_ptxas(capability).path)
     ptx_target = _ptx_target(compiled.asm["ptx"]) or arch
     binary = assemble(compiled.asm["ptx"], ptx_target, ptxas=ptxas, compiler=f"Triton {triton.__version__}")

@@ -143,3 +143,17 @@ def test_the_case_has_the_kinds_of_tiles_by_arithmetic_and_both_builds(tmp_path:
     assert found["MLA, 64 rows/keys that fit, sm_120"] == (99 * 1024 - 64 * 1152) // 1152
     assert found["GQA, 16 rows/FLOPs a byte"] == 8
     assert found["MLA 64x32, 8 warps, 2 stages, sm_90/blocks on an SM"] == 1
+
+
+@compiles
+def test_a_build_that_became_a_trap_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of 128 heads fill the tensor memory of sm_100, the scores find no room, and Triton raises nothing."""
+    from module0_profiling.gpu_tools import CompileError
+    from module0_profiling.triton_compile import compile_triton
+    from phase2_rope.kernels.decode_tiles import Tile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tallest = Tile("MLA", 128, 16, 8, 2).build()
+    with pytest.raises(CompileError, match=r"sm_100.*became a trap"):
+        compile_triton(tallest, "sm_100")
+    assert compile_triton(tallest, "sm_90")[1] > 0
