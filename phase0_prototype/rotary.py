@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies from a table by rope type, applied to a slice of heads outside attention.
 
 Source: Su et al., "RoFormer", 2021 (arXiv 2104.09864). Pairs are (x[i], x[i + D/2]), the "neox" layout of Llama
-checkpoints. Phase 2 adds the other scalings by adding entries to a copy of `INV_FREQ`, and the kernels.
+checkpoints. Phase 2 has the other scalings, which need more than frequencies, and the kernels.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RotaryTable(nn.Module):
     """cos and sin of every position, computed once in float32 and shared by all layers.
 
     Raises:
-        ConfigError: the rope type is not in `kinds`.
+        ConfigError: the rope type is not in `INV_FREQ`.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class RotaryTable(nn.Module):
         max_positions: int,
         dtype: torch.dtype,
         device: torch.device,
-        kinds: Mapping[str, Callable[[RopeConfig, int], Tensor]] = INV_FREQ,
     ) -> None:
         super().__init__()
-        if rope.rope_type not in kinds:
-            raise ConfigError(f"rope type {rope.rope_type!r} is not supported yet: this phase has {', '.join(kinds)}")
-        angles = torch.outer(torch.arange(max_positions).float(), kinds[rope.rope_type](rope, head_dim))
+        if rope.rope_type not in INV_FREQ:
+            known = ", ".join(INV_FREQ)
+            raise ConfigError(f"rope type {rope.rope_type!r} is not supported yet: this phase has {known}")
+        angles = torch.outer(torch.arange(max_positions).float(), INV_FREQ[rope.rope_type](rope, head_dim))
         self.cos = angles.cos().to(device, dtype)  # [max_positions, D/2]
         self.sin = angles.sin().to(device, dtype)
 

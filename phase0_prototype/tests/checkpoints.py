@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,21 @@ class Checkpoint:
 
 
 def write(variant: str, path: Path) -> Checkpoint:
-    """A checkpoint of random weights, with a tokenizer. Biases and norms are random too: zeros and ones hide errors."""
+    """The checkpoint of a variant."""
     family, changes = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    return save(family, {**SIZES, **changes}, path, seed=sum(map(ord, variant)))
+
+
+def save(family: str, sizes: Mapping[str, Any], path: Path, seed: int, attention: str | None = None) -> Checkpoint:
+    """A checkpoint of random weights, with a tokenizer. Biases and norms are random too: zeros and ones hide errors.
+
+    `family` is as in LlamaConfig, `sizes` are its arguments, `attention` is an implementation of transformers.
+    """
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    if attention is not None:
+        config._attn_implementation = attention
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(sum(map(ord, variant)))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             norm = name.endswith("norm.weight")

@@ -7,13 +7,12 @@ so all cases run in one process of their own.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from phase0_prototype.tests.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is Linux only)"
@@ -42,13 +41,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return interpreted(INTERPRETED)
 
 
 def test_transpose_is_exact_at_any_size(errors: dict[str, float]) -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
-from phase0_prototype.tests import checkpoints
-from phase0_prototype.tests.checkpoints import VARIANTS, Checkpoint
+from phase0_prototype.tests.checkpoints import SIZES, Checkpoint, save
 from phase0_prototype.tests.conftest import checkpoint, one_thread  # noqa: F401  the same fixtures here
 
 ORIGINAL = 32
@@ -84,15 +83,11 @@ def scaled(tmp_path_factory):
     """A tiny Llama with a rope type; where the type stretches it, the config's context is the original one."""
     made = {}
 
-    def get(name, **more):
+    def get(name):
         if name not in made:
             context = {"max_position_embeddings": ORIGINAL} if name == "dynamic" else {}
-            changes = {"rope_parameters": SCALINGS[name], **context, **more}
-            VARIANTS[f"scaled-{name}"] = ("Llama", changes)
-            try:
-                made[name] = checkpoints.write(f"scaled-{name}", tmp_path_factory.mktemp(name))
-            finally:
-                del VARIANTS[f"scaled-{name}"]
+            sizes = {**SIZES, "rope_parameters": SCALINGS[name], **context}
+            made[name] = save("Llama", sizes, tmp_path_factory.mktemp(name), seed=sum(map(ord, f"scaled-{name}")))
         return made[name]
 
     return get

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from phase0_prototype.tests.checkpoints import SIZES, Checkpoint, tokenizer
+from phase0_prototype.tests.checkpoints import SIZES, Checkpoint, save
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -47,16 +44,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write(variant: str, path: Path) -> Checkpoint:
-    """A checkpoint of random weights, with a tokenizer; norms and biases are random too."""
+    """The checkpoint of a variant."""
     family, changes = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **ATTENTION, **changes})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(sum(map(ord, variant)))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            norm = name.endswith("norm.weight")
-            weight.copy_((0.2 if norm else 0.15) * torch.randn(weight.shape, generator=generator) + float(norm))
-    model.save_pretrained(path)
-    tokenizer().save(str(path / "tokenizer.json"))
-    return Checkpoint(path, model)
+    return save(family, {**SIZES, **ATTENTION, **changes}, path, seed=sum(map(ord, variant)), attention="eager")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from phase0_prototype.tests.interpreter import interpreted
 
 SCRIPT = """
 import json, sys
@@ -42,12 +39,7 @@ def test_the_kernels_path_says_the_same(checkpoint, deepseek, scaled):
     paths = [
         str(made.path) for made in (checkpoint("llama-gqa"), deepseek("v3"), deepseek("v3-halves"), scaled("dynamic"))
     ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *paths], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = interpreted(SCRIPT, *paths)
     assert said["calls"] > 4 * len(paths)
     for path in paths:
         assert said[f"{path} cpu"] == said[f"{path} kernel"]

@@ -7,11 +7,6 @@ float32 must equal `transformers`; half precisions may not be further from float
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +16,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from phase0_prototype.config import RopeConfig
+from phase0_prototype.tests.interpreter import interpreted
 from phase2_rope.rope_cpu_cases import Operations
 from phase2_rope.rotary import Rotary
 
@@ -238,16 +234,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is Linux only)")
 def test_a_table_and_rows_go_to_the_kernel_with_the_same_result():
     """The GPU's path, in Triton's interpreter, which must be chosen before Triton is imported."""
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_A_TABLE],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = interpreted(WITH_A_TABLE)
     assert set(found) == {"False", "True"}
     for errors in found.values():
         assert len(errors) == 5 and max(errors) < 2e-6 and errors[2] == 0  # v is copied

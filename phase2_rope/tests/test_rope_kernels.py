@@ -130,10 +130,13 @@ def test_the_write_leaves_k_v_and_every_other_place_alone(name: str) -> None:
 
 
 @needs_compiler
-def test_a_batch_without_tokens_launches_nothing() -> None:
+def test_a_batch_without_tokens_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[object] = []
+    monkeypatch.setattr(rope.emulated, "prepare", lambda *call: launched.append(call))
     empty = torch.empty(0, 2, 8)
     positions = torch.empty(0, dtype=torch.int64)
     rope.prepare("rope_tokens", rope.call(empty, empty, counts.cos_sin_table(4, 8), positions))()
+    assert launched == []
 
 
 @needs_compiler

@@ -7,13 +7,12 @@ float16 run in one process of their own, and bfloat16 is compiled.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from phase0_prototype.tests.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is Linux only)"
@@ -69,13 +68,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return interpreted(INTERPRETED)
 
 
 def test_every_layout_agrees_with_float64(errors: dict[str, float]) -> None:
