@@ -28,6 +28,9 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int | None = None  # tokens that a query sees, itself included; None: all
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap); None: they stay
+    dtype: torch.dtype | None = None  # of queries; None: any
+    kv_cache_dtype: str = "auto"  # how the cache keeps numbers; auto: as queries
 
 
 class AttentionBackend(Protocol):
@@ -109,8 +112,8 @@ class TorchAttention:
         self.round_up = round_up
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
-        """Nothing: this backend serves every model on every device."""
-        return []
+        """Any device; torch's attention has no soft cap."""
+        return why_not_plain(spec)
 
     def steady(self, round_up: int) -> TorchAttention:
         """See `AttentionBackend`."""
@@ -174,6 +177,12 @@ class TorchAttention:
             attended = causal_attention(q[seq.start : seq.end], key, value, spec.scale, spec.window, mask)
             out[seq.start : seq.end] = attended.flatten(1)
         return out
+
+
+def why_not_plain(spec: AttentionSpec) -> list[str]:
+    """Reasons why plain softmax attention on unquantised keys and values would not be what the layer computes."""
+    reasons = [] if spec.soft_cap is None else ["its scores are not capped"]
+    return reasons if spec.kv_cache_dtype == "auto" else [*reasons, f"it reads no {spec.kv_cache_dtype} cache"]
 
 
 def write_kv(keys: Tensor, values: Tensor, slots: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase0_prototype.attention import AttentionSpec, decode_mask
+from phase0_prototype.attention import AttentionSpec, decode_mask, why_not_plain
 from phase0_prototype.batch import Batch
 from phase0_prototype.prefill_attention import causal_attention, causal_mask
 
@@ -96,8 +96,8 @@ class PagedTorchAttention:
         return PagedTorchAttention(round_up)
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
-        """Nothing: this backend serves every model on every device."""
-        return []
+        """Any device; torch's attention has no soft cap."""
+        return why_not_plain(spec)
 
     def plan(self, batch: Batch, windows: frozenset[int | None], block_size: int) -> PagedPlan:
         """Split the batch into decodes, which share one call, and sequences; build what layers share."""

@@ -1,0 +1,1 @@
+"""Phase 3: attention where the cache lies."""

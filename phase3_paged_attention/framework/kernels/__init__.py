@@ -1,0 +1,1 @@
+"""What the learner makes fast on a GPU."""
