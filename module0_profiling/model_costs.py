@@ -130,6 +130,9 @@ def step(
         *attend(shape, batch, tokens, prefix, formats),
         *_mlp(shape, rows, formats),
     ]
+    if shape.output_norms:
+        work = costs.norm(rows, shape.hidden, size)
+        found.append(Operation("output norms", "norm", work, 2 * shape.layers))
     head = costs.linear(batch, shape.hidden, shape.vocab, size)
     found.append(Operation("lm_head", "linear", head, rows=batch, rate=formats.dtype))
     if ranks > 1:
@@ -331,7 +334,7 @@ def matrices(shape: ModelShape) -> list[Matrix]:
 
 def vectors(shape: ModelShape) -> int:
     """Numbers in norms and biases."""
-    layer = 2 * shape.hidden
+    layer = (4 if shape.output_norms else 2) * shape.hidden
     if shape.mla:
         layer += shape.mla.q_lora + shape.mla.latent
     elif shape.qk_norm:

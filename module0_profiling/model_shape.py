@@ -49,7 +49,7 @@ class ModelShape:
     """A decoder-only model.
 
     `windows`: for each layer, how many positions a token sees, itself included, None for all; () is all of them None.
-    `intermediate` is the width of the dense MLPs.
+    `intermediate` is the width of the dense MLPs. `output_norms`: what attention and MLP return is normed too.
     """
 
     hidden: int
@@ -63,6 +63,7 @@ class ModelShape:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    output_norms: bool = False
     windows: tuple[int | None, ...] = ()
     mla: MLA | None = None
     moe: MoE | None = None
@@ -118,20 +119,21 @@ def shape_of(raw: Mapping[str, Any], source: str) -> ModelShape:
     fields = _Fields(raw, source)
     heads, hidden, layers = (fields.integer(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     family = ARCHITECTURES[architecture]
-    default_dim = 128 if family == "qwen3" else hidden // heads
+    default_dim = {"qwen3": 128, "gemma2": 256}.get(family, hidden // heads)
     bias = bool(raw.get("attention_bias", False))
     shape = ModelShape(
         hidden=hidden,
         intermediate=fields.integer("intermediate_size"),
         layers=layers,
         heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads),
+        kv_heads=fields.integer("num_key_value_heads", 4 if family == "gemma2" else heads),
         head_dim=fields.integer("head_dim", default_dim),
         vocab=fields.integer("vocab_size"),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=bool(raw.get("tie_word_embeddings", family == "gemma2")),
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
         qk_norm=family in ("qwen3", "qwen3-moe"),
+        output_norms=family == "gemma2",
         windows=_windows(fields, family, layers),
         mla=_mla(fields) if family == "deepseek" else None,
         moe=_moe(fields, family, architecture, layers),
@@ -152,6 +154,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3-moe",
     "DeepseekV2ForCausalLM": "deepseek",
     "DeepseekV3ForCausalLM": "deepseek",
+    "Gemma2ForCausalLM": "gemma2",
 }
 
 
@@ -239,17 +242,20 @@ def _moe(fields: _Fields, family: str, architecture: str, layers: int) -> MoE | 
 
 
 def _windows(fields: _Fields, family: str, layers: int) -> tuple[int | None, ...]:
-    """As transformers: Mistral and MoE: all layers; Qwen2, Qwen3: `layer_types`, or from `max_window_layers` on."""
-    raw = fields.raw
-    in_use = raw.get("use_sliding_window", False) if family.startswith("qwen") else family in ("mistral", "mixtral")
+    """As transformers. Mistral and MoE: all layers. Others by `layer_types`; without it, Qwen2 and Qwen3 slide from
+    `max_window_layers` on, Gemma 2 in every other layer."""
+    raw, always = fields.raw, ("mistral", "mixtral", "gemma2")
+    in_use = raw.get("use_sliding_window", False) if family.startswith("qwen") else family in always
     default = None if family == "mixtral" else 4096
     if not in_use or raw.get("sliding_window", default) is None:
         return ()
     window = fields.integer("sliding_window", default)
-    if family not in ("qwen2", "qwen3"):
+    if family not in ("qwen2", "qwen3", "gemma2"):
         return (window,) * layers
     types = raw.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if family == "gemma2":
+        return tuple(None if layer % 2 else window for layer in range(layers))
     first = fields.integer("max_window_layers", 28, least=0)
     return tuple(window if layer >= first else None for layer in range(layers))

@@ -66,7 +66,8 @@ def write_checkpoint(
     try:
         with _complete_or_gone(out) as partial:
             with _bar(out, total) as advance:
-                _write_shards(partial, shapes, seed, dtype, shard_bytes, advance)
+                norm = 0.0 if config.offset_norms else 1.0
+                _write_shards(partial, shapes, seed, dtype, norm, shard_bytes, advance)
             _write_json(partial / "config.json", {**raw, "torch_dtype": dtype})
             ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if key in raw}
             _write_json(partial / "generation_config.json", ids)
@@ -103,6 +104,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
             shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if config.output_norms:
+            shapes[prefix + "pre_feedforward_layernorm.weight"] = (hidden,)
+            shapes[prefix + "post_feedforward_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -119,6 +123,7 @@ def _write_shards(
     shapes: Mapping[str, tuple[int, ...]],
     seed: int,
     dtype: str,
+    norm: float,
     shard_bytes: int,
     advance: Callable[[int], None],
 ) -> None:
@@ -134,7 +139,7 @@ def _write_shards(
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         wanted = {name: shapes[name] for name in names}
-        write_safetensors(directory / file, wanted, seed=seed, dtype=dtype, advance=advance)
+        write_safetensors(directory / file, wanted, seed=seed, dtype=dtype, norm=norm, advance=advance)
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map})
 

@@ -32,6 +32,12 @@ def generate(
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
     use: Annotated[str, typer.Option(help="Which parts run, as in phase0=mine or phase0=framework.")] = "",
     phase: Annotated[str, typer.Option(help="Whose engine runs, as in phase0; by default the newest.")] = "",
+    attention_backend: Annotated[
+        str, typer.Option(help="triton, flashinfer, torch, mine or auto (titan doctor says why): from phase 3 on.")
+    ] = "",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="fp8_e4m3, fp8_e5m2, fp8_per_token_head or auto: from phase 3 on.")
+    ] = "",
     settings: Annotated[str, typer.Option(help="More settings of the engine as JSON.")] = "{}",
     beside: Annotated[bool, typer.Option(help="Measure the engine of the phase before, too.")] = False,
 ) -> None:
@@ -43,6 +49,8 @@ def generate(
 
     more = _json("--params", params, '{"n": 1}')
     engine = {"dtype": dtype, "device": device, "runner": runner, "max_model_len": max_model_len}
+    later = {"attention_backend": attention_backend, "kv_cache_dtype": kv_cache_dtype}
+    engine |= {name: value for name, value in later.items() if value}
     engine |= _json("--settings", settings, '{"max_num_seqs": 4}')
     given = {
         "max_tokens": max_tokens,

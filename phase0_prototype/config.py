@@ -18,6 +18,8 @@ from phase0_prototype.config_fields import Fields, read_json
 from phase0_prototype.errors import ConfigError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+ACTIVATION_NAMES = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
+"""Of ModelConfig -> in files."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only model: sizes, and the few choices in which Llama, Mistral, Qwen2 and Qwen3 differ."""
+    """A decoder-only model: sizes, and the few choices in which architectures differ.
+
+    Those with a default are none of Llama's, Mistral's, Qwen2's and Qwen3's: a later phase's architecture sets them.
+    """
 
     architecture: str
     vocab_size: int
@@ -57,6 +62,13 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]  # generation ends at any of them
     dtype: str | None  # what the weights are stored in; None where the file does not say
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)  # `quantization_config`, as it stands
+    activation: str = "silu"  # of the MLP's gate: a name of layers.py's ACTIVATIONS
+    offset_norms: bool = False  # norms multiply by 1 + weight, and in float32
+    output_norms: bool = False  # what attention and MLP add to the residual stream is normed too
+    embedding_scale: float | None = None  # embeddings are multiplied by it
+    score_scale: float | None = None  # attention scores are multiplied by it; None: by head_dim ** -0.5
+    score_cap: float | None = None  # scores become cap * tanh(score / cap)
+    logit_cap: float | None = None  # so do logits
 
     @property
     def longest(self) -> int:
@@ -181,9 +193,12 @@ def decoder(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    activation: str = "silu",
+    activation_key: str = "hidden_act",
     sliding_windows: tuple[int | None, ...] | None = None,
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
+    default_tied: bool = False,
     default_max_positions: int,
     default_bos: int | None = None,
     default_eos: int | None = None,
@@ -202,8 +217,9 @@ def decoder(
         head_dim = hidden // heads
     if head_dim % 2:
         raise ConfigError(f"{fields.source}: head_dim is {head_dim}: expected an even number, RoPE rotates pairs")
-    if fields.raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        fields.fail("hidden_act", "silu, the only activation that is supported")
+    names = ACTIVATION_NAMES[activation]
+    if fields.raw.get(activation_key, names[0]) not in names:
+        fields.fail(activation_key, f"{names[0]}, the only activation that is supported")
     max_positions = fields.integer("max_position_embeddings", default_max_positions)
     return ModelConfig(
         architecture=fields.raw["architectures"][0],
@@ -217,7 +233,7 @@ def decoder(
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=read_rope(fields, max_positions),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -227,6 +243,7 @@ def decoder(
         eos_token_ids=fields.token_ids("eos_token_id", default_eos),
         dtype=_dtype(fields),
         quantization=fields.mapping("quantization_config"),
+        activation=activation,
     )
 
 
@@ -265,11 +282,16 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     if types is None:
         first = fields.integer("max_window_layers", 28, minimum=0)
         return tuple(window if layer >= first else None for layer in range(layers))
-    known = ("full_attention", "sliding_attention")
+    return windows_by_type(fields, types, window, "a window with use_sliding_window = true")
+
+
+def windows_by_type(fields: Fields, types: Any, window: int | None, needed: str = "a window") -> tuple[int | None, ...]:
+    """The window of each layer from its type; `needed` is what a sliding layer asks for. Raises ConfigError."""
+    layers, known = fields.integer("num_hidden_layers"), ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
         fields.fail("layer_types", f"{layers} entries, each {' or '.join(known)}")
     if "sliding_attention" in types and window is None:
-        fields.fail("sliding_window", "a window with use_sliding_window = true, as layer_types has sliding_attention")
+        fields.fail("sliding_window", f"{needed}, as layer_types has sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

@@ -6,7 +6,9 @@ course; the model itself (model.py) is described once and never copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,24 @@ class RMSNorm(nn.Module):
         return {f"{self.name}.weight": Destination(tuple(self.weight.shape), self.weight.copy_)}
 
 
+class OffsetNorm(RMSNorm):
+    """x / rms(x) * (1 + weight): the weight is stored as its distance from one, and all of it is done in float32."""
+
+    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(name, size, eps, torch.float32, device)  # 1 + weight would lose the weight's bits in bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> same."""
+        return super().forward(x.float()).to(x.dtype)
+
+    def destinations(self) -> Mapping[str, Destination]:
+        """Where the checkpoint's tensor goes."""
+        return {f"{self.name}.weight": Destination(tuple(self.weight.shape), self._load)}
+
+    def _load(self, stored: Tensor) -> None:
+        self.weight.copy_(stored).add_(1)
+
+
 class Embedding(nn.Module):
     """Token embedding, [V, hidden]; also the output matrix of models with tied weights."""
 
@@ -58,17 +78,38 @@ class Embedding(nn.Module):
         return {f"{self.name}.weight": Destination(tuple(self.weight.shape), self.weight.copy_)}
 
 
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up as one product (Shazeer, 2020, arXiv 2002.05202)."""
+class ScaledEmbedding(Embedding):
+    """Embeddings are multiplied by `scale`, which the model's dtype rounds; as an output matrix they are not."""
 
-    def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
+    def __init__(
+        self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device, scale: float
+    ) -> None:
+        super().__init__(name, vocab_size, hidden_size, dtype, device)
+        self.scale = float(torch.tensor(scale, dtype=dtype))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, hidden]."""
+        return super().forward(token_ids) * self.scale
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+)
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), gate and up as one product (Shazeer, 2020, arXiv 2002.05202)."""
+
+    def __init__(
+        self, gate_up: nn.Module, down: nn.Module, activation: Callable[[Tensor], Tensor] = ACTIVATIONS["silu"]
+    ) -> None:
         super().__init__()
-        self.gate_up, self.down = gate_up, down
+        self.gate_up, self.down, self.activation = gate_up, down, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
 class Attention(nn.Module):
@@ -143,11 +184,15 @@ class Layers:
 
     def norm(self, name: str, size: int) -> RMSNorm:
         """Root-mean-square normalisation over the last `size` numbers."""
-        return RMSNorm(name, size, self.config.rms_norm_eps, self.dtype, self.device)
+        kind = OffsetNorm if self.config.offset_norms else RMSNorm
+        return kind(name, size, self.config.rms_norm_eps, self.dtype, self.device)
 
     def embedding(self, name: str) -> Embedding:
         """The token embedding."""
-        return Embedding(name, self.config.vocab_size, self.config.hidden_size, self.dtype, self.device)
+        c = self.config
+        if c.embedding_scale is None:
+            return Embedding(name, c.vocab_size, c.hidden_size, self.dtype, self.device)
+        return ScaledEmbedding(name, c.vocab_size, c.hidden_size, self.dtype, self.device, c.embedding_scale)
 
     def rotary(self) -> nn.Module:
         """The table that all layers share."""
@@ -168,10 +213,25 @@ class Layers:
         gate_up = (Part(f"{name}.gate_proj", c.intermediate_size), Part(f"{name}.up_proj", c.intermediate_size))
         return MLP(
             self.linear(f"{name}.gate_up_proj", gate_up, c.hidden_size, bias=c.mlp_bias),
-            self.linear(
-                f"{name}.down_proj", (Part(f"{name}.down_proj", c.hidden_size),), c.intermediate_size, bias=c.mlp_bias
-            ),
+            self.to_stream(f"{name}.down_proj", c.intermediate_size, "post_feedforward_layernorm", bias=c.mlp_bias),
+            ACTIVATIONS[c.activation],
         )
+
+    def to_stream(self, name: str, in_features: int, norm: str, *, bias: bool) -> nn.Module:
+        """The product that ends a block, and the norm of its result where the model has one before it is added."""
+        hidden = self.config.hidden_size
+        product = self.linear(name, (Part(name, hidden),), in_features, bias=bias)
+        if not self.config.output_norms:
+            return product
+        layer = name.rsplit(".", 2)[0]  # model.layers.0 of model.layers.0.mlp.down_proj
+        return nn.Sequential(product, self.norm(f"{layer}.{norm}", hidden))
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """What one layer asks of the backend."""
+        c = self.config
+        scale = c.head_dim**-0.5 if c.score_scale is None else c.score_scale
+        window = c.sliding_windows[layer]
+        return AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, scale, window, c.score_cap, self.dtype)
 
     def attention(self, name: str, layer: int) -> nn.Module:
         """The attention block of one layer.
@@ -180,7 +240,7 @@ class Layers:
             ValueError: the backend can't serve this layer, with its reasons.
         """
         c = self.config
-        spec = AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, c.head_dim**-0.5, c.sliding_windows[layer])
+        spec = self.attention_spec(layer)
         if reasons := self.backend.why_not(spec, self.device):
             raise ValueError(f"{type(self.backend).__name__} can't run {name}: {'; '.join(reasons)}")
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -191,7 +251,7 @@ class Layers:
         return Attention(
             spec,
             self.linear(f"{name}.qkv_proj", qkv, c.hidden_size, bias=c.qkv_bias),
-            self.linear(f"{name}.o_proj", (Part(f"{name}.o_proj", c.hidden_size),), q, bias=c.o_bias),
+            self.to_stream(f"{name}.o_proj", q, "post_attention_layernorm", bias=c.o_bias),
             self.backend,
             norms,
         )

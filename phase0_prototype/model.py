@@ -1,4 +1,4 @@
-"""The decoder, described once: Llama, Mistral, Qwen2 and Qwen3 differ in flags of the config only.
+"""The decoder, described once: architectures differ in flags of the config only.
 
 `model(batch, kv)` is the whole interface: a flat batch in, logits of the wanted rows out, keys and values written into
 the cache on the way. What each piece is made of is the business of `Layers`.
@@ -39,7 +39,8 @@ class DecoderLayer(nn.Module):
         name, hidden = f"model.layers.{index}", layers.config.hidden_size
         self.input_norm = layers.norm(f"{name}.input_layernorm", hidden)
         self.attention = layers.attention(f"{name}.self_attn", index)
-        self.post_attention_norm = layers.norm(f"{name}.post_attention_layernorm", hidden)
+        before_mlp = "pre_feedforward_layernorm" if layers.config.output_norms else "post_attention_layernorm"
+        self.mlp_norm = layers.norm(f"{name}.{before_mlp}", hidden)
         self.mlp = layers.mlp(f"{name}.mlp")
 
     def forward(
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
             attended = self.attention(normed, rotary, kv, plan, rows)
             x = (x if rows is None else x[rows]) + attended
         with span("norm"):
-            normed = self.post_attention_norm(x)
+            normed = self.mlp_norm(x)
         with span("mlp"):
             return x + self.mlp(normed)
 
@@ -80,7 +81,7 @@ class DecoderModel(nn.Module):
         self.rotary: Any = layers.rotary()
         self.backend = layers.backend
         self.windows = frozenset(config.sliding_windows)
-        self.kv_spec = layers.kv_spec()
+        self.kv_spec, self.dtype = layers.kv_spec(), layers.dtype
         self._ignores = layers.ignores
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
@@ -120,7 +121,9 @@ class DecoderModel(nn.Module):
         with span("norm"):
             x = self.norm(x if last is not None else x[logits_rows])  # [R, hidden]
         with span("lm_head"):
-            return self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
+            logits: Tensor = self.embed_tokens.as_head(x) if self.lm_head is None else self.lm_head(x)
+            cap = self.config.logit_cap
+            return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def destinations(self) -> dict[str, Destination]:
         """Where every tensor of the checkpoint goes, by its name there."""
@@ -140,4 +143,5 @@ class DecoderModel(nn.Module):
         names = self.destinations()
         if self.lm_head is not None:
             del names["model.embed_tokens.weight"]
-        return sum(math.prod(d.shape) for d in names.values()) * self.kv_spec.dtype.itemsize
+        numbers = sum(math.prod(d.shape) for d in names.values() if not d.optional)
+        return numbers * self.dtype.itemsize

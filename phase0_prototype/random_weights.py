@@ -1,6 +1,6 @@
 """Write safetensors files of random tensors, about as fast as a disk takes them.
 
-Matrices and biases are drawn from N(0, 0.02), norm weights are one, so that activations and logits stay in their usual
+Matrices and biases are drawn from N(0, 0.02), norms multiply by one, so that activations and logits stay in their usual
 range. The normal is sampled by inverse CDF: 16 random bits choose one of 65,536 quantiles. Draws are independent, but
 only those 65,536 values occur and none lies beyond 4.4 standard deviations. Sampling in full precision takes five
 times as long, and in bfloat16 few of the values would differ.
@@ -32,9 +32,12 @@ def write_safetensors(
     *,
     seed: int,
     dtype: str,
+    norm: float = 1.0,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write one file with a random tensor for each of `shapes`, in their order; `advance` hears the bytes written.
+
+    Weights of norms are `norm`.
 
     The header goes first, then each tensor as it is drawn, so that memory in use is a few MB. (The writer of the
     safetensors library wants all tensors at once.) A tensor's values depend on its name, its size and the seed only,
@@ -49,11 +52,11 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
     quantiles = _as_dtype(_normal_quantiles(), dtype)
-    one = _as_dtype([1.0], dtype)
+    constant = _as_dtype([norm], dtype)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            table = one if name.endswith("norm.weight") else quantiles
+            table = constant if name.endswith("norm.weight") else quantiles
             for chunk in _draw(name, math.prod(shape), seed, table):
                 file.write(chunk.data)
                 advance(chunk.nbytes)

@@ -27,11 +27,13 @@ class Destination:
 
     `load` gets it on the CPU, in the file's dtype, as a view of the mapped file: it must copy (and cast), and keep no
     reference, or the file's pages stay in memory. `dtypes` are the stored types it takes, in safetensors' names.
+    A single number (shape [1]) may be stored without a dimension. What is `optional` is loaded where it is stored.
     """
 
     shape: tuple[int, ...]
     load: Callable[[Tensor], object]
     dtypes: frozenset[str] = FLOATS
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def load_weights(
     ignore: Callable[[str], bool] = lambda name: False,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadStats:
-    """Call `load` of every destination once with the tensor of its name.
+    """Call `load` of every destination once with the tensor of its name; of optional ones, where there is one.
 
     Order: tensors of more than a twentieth of the whole first, largest first, while the model's own memory is still
     untouched (an embedding copied last would need room twice at the peak); then as they lie in the files.
@@ -117,7 +119,7 @@ def _check(
     destinations: Mapping[str, Destination],
     ignore: Callable[[str], bool],
 ) -> None:
-    missing = [name for name in destinations if name not in stored]
+    missing = [name for name, destination in destinations.items() if name not in stored and not destination.optional]
     if missing:
         raise CheckpointError(
             f"{directory}: {_tensors(missing)} missing from the safetensors files: {first_few(missing)}: is "
@@ -128,8 +130,10 @@ def _check(
         file = stored[unexpected[0]].file
         raise CheckpointError(f"{file}: {_tensors(unexpected)} not in this model: {first_few(unexpected)}")
     for name, destination in destinations.items():
-        tensor = stored[name]
-        if tensor.shape != tuple(destination.shape):
+        if name not in stored:
+            continue
+        tensor, shape = stored[name], tuple(destination.shape)
+        if tensor.shape != shape and not (tensor.shape == () and shape == (1,)):
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(destination.shape)}"

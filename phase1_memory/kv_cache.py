@@ -1,7 +1,8 @@
 """The paged KV cache: memory in blocks of `page` tokens, and the block tables that say whose they are.
 
-Every layer has keys and values of shape [num_blocks, page, Hkv, D], as in vLLM. A sequence takes a block when its
-tokens reach it: at most page - 1 places of a sequence are reserved and unused, where phase 0 reserved `max_model_len`.
+Every layer has keys and values of shape [num_blocks, page, Hkv, D], as in vLLM; an 8-bit cache may have scales beside
+them. A sequence takes a block when its tokens reach it: at most page - 1 places of a sequence are reserved and unused,
+where phase 0 reserved `max_model_len`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from phase0_prototype.kv_spec import KVSpec
+from phase0_prototype.kv_spec import KVPart, KVSpec
 from phase0_prototype.request import Request
 from phase1_memory.block_tables import BlockTables
 from phase1_memory.runs import Write
 
 
 class PagedKVCache:
-    """Blocks of keys and values.
+    """Blocks of keys and values, or of whatever `spec.parts` says that a layer keeps.
 
     Args:
         spec: what one token needs.
@@ -33,13 +34,15 @@ class PagedKVCache:
         self.spec, self.tables, self.device = spec, tables, device
         self.block_size = tables.page
         self.scratch = tables.num_blocks
-        shape = (tables.num_blocks + 1, tables.page, spec.num_kv_heads)
+        shape = (tables.num_blocks + 1, tables.page)
 
-        def blocks(width: int) -> Tensor:  # a tensor of its own: torch.compile copies what is changed through a view
-            return torch.zeros(*shape, width, dtype=spec.dtype, device=device)
+        def blocks(part: KVPart) -> Tensor:  # a tensor of its own: torch.compile copies what is changed through a view
+            return torch.zeros(*shape, *part.shape, dtype=part.dtype, device=device)
 
-        keys, values = spec.widths
-        self.layers = tuple((blocks(keys), blocks(values)) for _ in range(spec.num_layers))
+        self.layers = tuple(tuple(blocks(part) for part in spec.parts) for _ in range(spec.num_layers))
+        sides = [side.flatten(1) for side in itertools.chain.from_iterable(self.layers) if side.numel()]
+        word = _word([side.nbytes // side.shape[0] for side in sides])
+        self._images = tuple(side.view(word) for side in sides)  # [num_blocks + 1, words of a block], numbers or not
         self.copied_blocks = 0  # since the start: what copy-on-write has cost
 
     @property
@@ -60,8 +63,8 @@ class PagedKVCache:
         if copies:
             self.copied_blocks += len(copies)
             source, destination = torch.tensor(copies, dtype=torch.int64).to(self.device).unbind(1)
-            for side in itertools.chain.from_iterable(self.layers):
-                side[destination] = side[source]
+            for image in self._images:
+                image[destination] = image[source]
         return True
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -85,34 +88,31 @@ class PagedKVCache:
         """Block tables of `count` sequences that are not there, to fill up a batch: they write to `scratch`."""
         return ((self.scratch,),) * count
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [num_blocks + 1, page, Hkv, D]."""
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """The parts of one layer, keys and values first, each [num_blocks + 1, page, *part.shape]."""
         return self.layers[index]
 
     def read(self, blocks: Sequence[int]) -> Tensor:
         """A copy of these blocks, all layers together: [n, block_bytes] uint8 on the cache's device."""
-        out = torch.empty(
-            len(blocks), self.block_bytes // self.spec.dtype.itemsize, dtype=self.spec.dtype, device=self.device
-        )
+        out = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=self.device)
         where = self._where(blocks)
-        for side, place in self._sides(out):
-            place[...] = side[where]
-        return out.view(torch.uint8)
+        for image, place in self._places(out):
+            place[...] = image[where]
+        return out
 
     def write(self, blocks: Sequence[int], data: Tensor) -> None:
         """Put what `read` returned into these blocks."""
         where = self._where(blocks)
-        for side, place in self._sides(data.view(self.spec.dtype)):
-            side[where] = place
+        for image, place in self._places(data):
+            image[where] = place
 
-    def _sides(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, each with its part of `data` [n, numbers of a block]: [n, page, Hkv, D]."""
+    def _places(self, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every tensor of every layer, with its part of `data` [n, block_bytes]: [n, words of a block]."""
         start = 0
-        for side in itertools.chain.from_iterable(self.layers):
-            size = side[0].numel()
-            if size:
-                yield side, data[:, start : start + size].unflatten(1, side.shape[1:])
-            start += size
+        for image in self._images:
+            end = start + image.shape[1]
+            yield image, data.view(image.dtype)[:, start:end]
+            start = end
 
     def _where(self, blocks: Sequence[int]) -> slice | Tensor:
         """Indices of these blocks. One run is copied as it lies; several in one indexed copy: that takes less time than
@@ -131,3 +131,9 @@ def pieces(blocks: Sequence[int]) -> list[tuple[slice, slice]]:
         found.append((slice(at, at + length), slice(first, first + length)))
         at += length
     return found
+
+
+def _word(sizes: Sequence[int]) -> torch.dtype:
+    """The widest integer that blocks of all these bytes are whole numbers of: 8 times fewer elements to copy."""
+    words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    return next(word for word in words if all(size % word.itemsize == 0 for size in sizes))

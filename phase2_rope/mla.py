@@ -38,8 +38,8 @@ class PagedLatentAttention:
         self.paged = PagedTorchAttention(round_up)
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
-        """It has no keys and values of single heads."""
-        return ["it attends to latents, this layer has keys and values"]
+        """Nothing: it is given layers with latents only, on any device."""
+        return []
 
     def steady(self, round_up: int) -> PagedLatentAttention:
         """See `AttentionBackend`."""

@@ -46,6 +46,7 @@ TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Gemma2ForCausalLM": "gemma2",
 }
 """What transformers calls the architectures that we support."""
 
@@ -86,6 +87,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     },
     "DeepseekV2ForCausalLM": {**LATENT, "q_lora_rank": None},  # as V2-Lite: queries in one step
     "DeepseekV3ForCausalLM": {**LATENT, "q_lora_rank": 24},
+    "Gemma2ForCausalLM": {"head_dim": 16},
 }
 
 
@@ -202,7 +204,7 @@ def test_any_small_model_has_the_parameters_and_bytes_of_transformers(data: st.D
         changes["first_k_dense_replace"] = data.draw(st.integers(0, 5), "dense layers")
     else:
         changes["num_key_value_heads"] = kv_heads
-    if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+    if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma2ForCausalLM"):
         changes["attention_bias"] = data.draw(st.booleans(), "bias")
     if architecture == "Qwen3MoeForCausalLM":
         changes["mlp_only_layers"] = data.draw(st.lists(st.integers(0, 5), max_size=4), "dense layers")
@@ -710,6 +712,14 @@ def test_any_content_is_a_shape_or_one_line(data: st.DataObject, architecture: s
             },
         ),
         ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "sliding_window": 4}),
+        ("Gemma2ForCausalLM", {"sliding_window": 4}),
+        (
+            "Gemma2ForCausalLM",
+            {
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            },
+        ),
     ],
 )
 def test_layers_slide_where_those_of_transformers_do(architecture: str, changes: dict[str, Any]) -> None:

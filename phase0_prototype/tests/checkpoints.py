@@ -107,7 +107,8 @@ def save(family: str, sizes: Mapping[str, Any], path: Path, seed: int, attention
     with torch.no_grad():
         for name, weight in model.named_parameters():
             norm = name.endswith("norm.weight")
-            weight.copy_((0.2 if norm else 0.15) * torch.randn(weight.shape, generator=generator) + float(norm))
+            centre = weight if norm else 0  # a norm's starts where it changes nothing: at 1, or at 0 where it is 1 + it
+            weight.copy_((0.2 if norm else 0.15) * torch.randn(weight.shape, generator=generator) + centre)
     model.save_pretrained(path)
     tokenizer().save(str(path / "tokenizer.json"))
     return Checkpoint(path, model)

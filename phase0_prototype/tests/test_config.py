@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,7 @@ def as_transformers_sees_it(content: dict[str, Any], directory: Path) -> dict[st
 
 
 def as_we_see_it(config: ModelConfig) -> dict[str, Any]:
-    facts = {
-        name: getattr(config, name) for name in ModelConfig.__dataclass_fields__ if name not in ("rope", "quantization")
-    }
+    facts = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.default is MISSING and f.name != "rope"}
     return facts | {
         "rope_type": config.rope.rope_type,
         "rope_theta": config.rope.theta,
@@ -133,7 +132,9 @@ def as_we_see_it(config: ModelConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_config_says_what_transformers_says(name: str, tmp_path: Path) -> None:
-    assert as_we_see_it(parse_config(VARIANTS[name])) == as_transformers_sees_it(VARIANTS[name], tmp_path)
+    config = parse_config(VARIANTS[name])
+    assert as_we_see_it(config) == as_transformers_sees_it(VARIANTS[name], tmp_path)
+    assert all(getattr(config, f.name) == f.default for f in fields(ModelConfig) if f.default is not MISSING)
 
 
 def test_config_that_transformers_saved_reads_the_same(tmp_path: Path) -> None:

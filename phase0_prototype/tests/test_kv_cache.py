@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phase0_prototype.kv_spec import KVPart, KVSpec
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 
@@ -49,6 +50,13 @@ def holds(kv, owner, value) -> bool:
 def test_a_token_costs_keys_and_values_in_every_layer(part):
     spec = part("kv_cache").KVSpec(num_layers=22, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16)
     assert spec.bytes_per_token == 22 * 2 * 4 * 64 * 2  # TinyLlama: 22.5 kB
+
+
+def test_what_is_kept_otherwise_is_counted_as_it_is_kept():
+    parts = (KVPart((4, 64), torch.float8_e4m3fn), KVPart((4, 64), torch.float8_e4m3fn), KVPart((4,), torch.float32))
+    spec = KVSpec(num_layers=22, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16, kept=parts)
+    assert spec.bytes_per_token == 22 * (4 * 64 + 4 * 64 + 4 * 4)
+    assert spec.parts == parts
 
 
 def test_requests_take_the_next_free_row(kv):

@@ -113,6 +113,21 @@ def test_ignored_tensors_are_left_unread(tmp_path: Path) -> None:
     assert sorted(model.order) == ["layer.a", "layer.c"]
 
 
+def test_optional_tensors_are_loaded_where_they_are_stored(tmp_path: Path) -> None:
+    save_file({"a": A, "there": torch.tensor(0.25)}, tmp_path / "model.safetensors")
+    parameter, there, absent = torch.zeros(4, 6), torch.ones(1), torch.ones(1)
+    destinations = {
+        "a": Destination((4, 6), parameter.copy_),
+        "there": Destination((1,), there.copy_, optional=True),  # stored without a dimension
+        "absent": Destination((1,), absent.copy_, optional=True),
+    }
+    assert load_weights(tmp_path, destinations).tensors == 2
+    assert (there.item(), absent.item()) == (0.25, 1.0) and torch.equal(parameter, A)
+    wrong = {**destinations, "there": Destination((2,), there.copy_, optional=True)}
+    with pytest.raises(CheckpointError, match=r"there has shape \[\], config.json asks for \[2\]"):
+        load_weights(tmp_path, wrong)
+
+
 # Damage
 
 

@@ -1,0 +1,91 @@
+"""The engine as of phase 3: phase 2's, with a choice of who attends and of the numbers that the cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from module0_profiling.course.parts import Use, resolve
+from phase0_prototype.config import ModelConfig, load_config
+from phase0_prototype.engine import ROOM as PROTOTYPE
+from phase0_prototype.engine import Engine
+from phase0_prototype.engine_config import resolve_device, resolve_dtype
+from phase0_prototype.hub import resolve_model
+from phase0_prototype.linear import LinearFormat
+from phase1_memory import engine as paged
+from phase2_rope.deepseek import DeepseekConfig
+from phase2_rope.engine import ROOM as ROPE
+from phase3_paged_attention import backends
+from phase3_paged_attention.backends import Candidate
+from phase3_paged_attention.engine_config import AttentionConfig
+from phase3_paged_attention.gemma import ARCHITECTURES
+from phase3_paged_attention.kv_scales import settle_scales
+from phase3_paged_attention.layers import PagedLayers
+
+ROOM = __name__.rpartition(".")[0]
+
+
+def build(
+    config: AttentionConfig, use: Use | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+) -> Engine:
+    """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1."""
+    use = use or Use()
+    built = paged.build(config, use, advance, layers=partial(_layers, config, use), architectures=ARCHITECTURES)
+    settle_scales(built.model, resolve_model(config.model))
+    return built
+
+
+def explain(model: str, kv_cache_dtype: str = "auto", device: str = "auto") -> list[tuple[str, str]]:
+    """(name, why it would or would not attend) of each backend for a model here, best first; no weights are read.
+
+    Raises:
+        UserError: there is no such model, device or format of a cache.
+    """
+    settings, use = AttentionConfig(model, device=device, kv_cache_dtype=kv_cache_dtype), Use()
+    config, where = load_config(resolve_model(model), architectures=ARCHITECTURES), resolve_device(device)
+    built = _unattended(settings, use, config, resolve_dtype("auto", where, config.dtype), where, None, 1)
+    asked = _asked(built, use)
+    return backends.explained(asked, next((candidate for candidate in asked if backends.fits(candidate)), None))
+
+
+def _layers(config: AttentionConfig, use: Use, *described: Any) -> PagedLayers:
+    """Layers with the backend that was asked for, or the first that can."""
+    built = _unattended(config, use, *described)
+    built.backend = backends.choose(_asked(built, use), config.attention_backend).backend
+    return built
+
+
+def _unattended(
+    config: AttentionConfig,
+    use: Use,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Any,
+    max_model_len: int,
+    number_format: LinearFormat | None = None,
+) -> PagedLayers:
+    return PagedLayers(
+        model,
+        dtype,
+        device,
+        backend,
+        max_model_len,
+        number_format,
+        rope=resolve(ROPE, "rope", use),
+        mla=resolve(ROPE, "mla", use),
+        quantise=resolve(ROOM, "kernels.quantise", use),
+        kv_cache_dtype=config.kv_cache_dtype,
+        gathered=use.of(PROTOTYPE) != "solution",
+    )
+
+
+def _asked(layers: PagedLayers, use: Use) -> list[Candidate]:
+    """Every backend, asked about all kinds of layers that the model has."""
+    config = layers.config
+    specs = list(dict.fromkeys(layers.attention_spec(layer) for layer in range(config.num_layers)))
+    latent = config.latent if isinstance(config, DeepseekConfig) else None
+    return backends.candidates(specs, layers.device, use, latent)

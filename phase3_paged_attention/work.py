@@ -1,0 +1,132 @@
+"""Plans the work of a step: which program reads which part of which sequence, so that all are busy equally long.
+
+A tile is some new tokens of one sequence; it reads the cached tokens that they may see. Where there are fewer tiles
+than programs, or one is longer than a program's share, tiles are split along the cached tokens (Flash-Decoding, Dao et
+al., 2023; the common size of splits: FlashInfer, arXiv 2501.01005). Long items come first: short ones fill the gaps.
+
+All of it is arithmetic on the host and one copy to the device: it runs in every step, and never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phase3_paged_attention.work_list import Work
+
+LEAST_BLOCKS = 4  # of a split: below, merging costs more than the split saves
+
+
+def plan_work(
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    group: int,
+    kv_heads: int,
+    window: int | None,
+    programs: int,
+    block_n: int,
+    tokens: int,
+    sequences: Sequence[int] | None = None,
+    capacity: int | None = None,
+    device: torch.device,
+) -> Work:
+    """The work of one launch.
+
+    Args:
+        query_lens: new tokens of each sequence, at least 1.
+        kv_lens: its tokens with the new ones, which are the last.
+        group: query heads for each KV head (Hq / Hkv); a tile has tokens * group rows.
+        kv_heads: Hkv; every item is done once for each.
+        window: tokens that a query sees, itself included; None: all.
+        programs: what the device runs at once.
+        block_n: cached tokens that a program reads at a time; a split is a multiple of it.
+        tokens: new tokens of a tile.
+        sequences: numbers of these sequences in the batch; None: 0, 1, ...
+        capacity: length of the lists, for a launch that is captured; splits get longer where it is small. Lists are
+            longer than that only where there are more tiles.
+        device: where the lists go.
+    """
+    queries = np.asarray(query_lens, dtype=np.int64)
+    kv = np.asarray(kv_lens, dtype=np.int64)
+    numbers = np.arange(len(queries)) if sequences is None else np.asarray(sequences, dtype=np.int64)
+
+    tiles = -(-queries // tokens)  # of each sequence
+    owner = np.repeat(np.arange(len(queries)), tiles)
+    first = (np.arange(len(owner)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tokens
+    old = (kv - queries)[owner]
+    end = old + np.minimum(first + tokens, queries[owner])
+    begin = np.zeros_like(end) if window is None else np.maximum(old + first + 1 - window, 0)
+    length = end - begin
+
+    chunk = _chunk(length, programs // kv_heads, block_n, capacity)
+    splits = -(-length // chunk)
+    parts = splits > 1
+    slots = np.where(parts, splits, 0)
+    first_slot = np.cumsum(slots) - slots
+
+    tile = np.repeat(np.arange(len(owner)), splits)
+    part = np.arange(len(tile)) - np.repeat(np.cumsum(splits) - splits, splits)
+    start = begin[tile] + part * chunk
+    stop = np.minimum(start + chunk, end[tile])
+    slot = np.where(parts[tile], first_slot[tile] + part, -1)
+    items = np.stack((numbers[owner[tile]], first[tile], start, stop, slot, splits[tile]), axis=1)
+    items = items[np.argsort(start - stop, kind="stable")]  # the longest first
+    merges = np.stack((numbers[owner], first, first_slot, splits), axis=1)[parts]
+
+    used = int(slots.sum())
+    if capacity is not None:
+        # At most two splits for each program's share, since a tile that is split is longer than a share.
+        used = min(max(capacity, len(items)), max(used, 2 * programs // kv_heads))
+        items = _filled(items, max(capacity, len(items)))
+        merges = _filled(merges, max(1, used // 2))
+    on_device = _on_device(items, merges, len(merges) * kv_heads, device)
+    return Work(*on_device, tokens=tokens, slots=used)
+
+
+def _chunk(length: np.ndarray, share: int, block_n: int, capacity: int | None) -> int:
+    """Cached tokens of a split: the smallest multiple of block_n with which the work fills the programs once.
+
+    Args:
+        length: cached tokens of each tile.
+        share: items that run at once, each for all KV heads.
+        block_n: see `plan_work`.
+        capacity: items that there may be.
+    """
+    longest = int(length.max(initial=1))
+    even = -(-int(length.sum()) // max(share, 1))  # cached tokens of a program, if all had as many
+    if longest <= even or longest <= LEAST_BLOCKS * block_n:
+        return longest
+    room = share if len(length) <= share else len(length) + share  # a tile that is no longer than a share stays whole
+    if capacity is not None:
+        room = max(min(room, capacity), len(length))
+    low, high = max(LEAST_BLOCKS, -(-even // block_n)), -(-longest // block_n)
+    while low < high:
+        middle = (low + high) // 2
+        if int((-(-length // (middle * block_n))).sum()) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return high * block_n
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    filled = np.full((size, rows.shape[1]), -1, dtype=np.int64)
+    filled[: len(rows)] = rows
+    return filled
+
+
+def _on_device(
+    items: np.ndarray, merges: np.ndarray, counters: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = np.zeros(items.size + merges.size + counters, dtype=np.int32)
+    flat[: items.size] = items.ravel()
+    flat[items.size : items.size + merges.size] = merges.ravel()
+    there = torch.from_numpy(flat)
+    if device.type == "cuda":
+        there = there.pin_memory().to(device, non_blocking=True)
+    parts = there.split([items.size, merges.size, counters])
+    return parts[0].view(-1, 6), parts[1].view(-1, 4), parts[2]
