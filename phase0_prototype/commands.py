@@ -36,7 +36,7 @@ def generate(
         str, typer.Option(help="triton, flashinfer, torch, mine or auto (titan doctor says why): from phase 3 on.")
     ] = "",
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="fp8_e4m3, fp8_e5m2, fp8_per_token_head or auto: from phase 3 on.")
+        str, typer.Option(help="fp8_e4m3, fp8_e5m2, fp8_per_token_head, fp8_ds_mla or auto: phase 3 on.")
     ] = "",
     settings: Annotated[str, typer.Option(help="More settings of the engine as JSON.")] = "{}",
     beside: Annotated[bool, typer.Option(help="Measure the engine of the phase before, too.")] = False,

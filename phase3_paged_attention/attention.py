@@ -22,17 +22,19 @@ from phase0_prototype.attention import AttentionSpec
 from phase0_prototype.batch import Batch
 from phase3_paged_attention.work_list import Work
 
-LEAST_TABLE = 16  # blocks: captured steps have tables of a power of two, not fewer
+LEAST_TABLE = 512  # blocks, 8k tokens of pages of 16: captured steps have tables of a power of two, not fewer
 
 
-def why_not_triton(device: torch.device) -> list[str]:
-    """Reasons why no Triton kernel runs on this device."""
+def why_not_triton(spec: AttentionSpec, device: torch.device) -> list[str]:
+    """Reasons why no Triton kernel runs for this layer on this device."""
     if importlib.util.find_spec("triton") is None:  # to import it takes a second
         return ["Triton is not installed (it is Linux only): pip install triton"]
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return [
-            f"Triton's kernels need a GPU, not {device.type}; TRITON_INTERPRET=1 runs them here, slowly, in float32"
+            f"Triton's kernels need a GPU, not {device.type} (TRITON_INTERPRET=1 and float32 run them here, slowly)"
         ]
+    if device.type != "cuda" and spec.dtype == torch.bfloat16:
+        return ["Triton's interpreter is silently wrong for bfloat16: give --dtype float32"]
     return []
 
 
@@ -94,7 +96,7 @@ class TritonAttention:
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """No GPU, no Triton, or heads that the kernels have no tile for."""
-        return why_not_triton(device) or list(self.paged.why_not(spec, device))
+        return why_not_triton(spec, device) or list(self.paged.why_not(spec, device))
 
     def steady(self, round_up: int) -> TritonAttention:
         """The same; lengths don't matter to a captured step, only the number of sequences does."""

@@ -16,19 +16,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from module0_profiling.bench_gpu import CheckFailed
 from module0_profiling.results import Figure
 from module0_profiling.timing import Clock, Timing, clock_for, graph_clock, interleave, ratio
-from phase3_paged_attention import attention_errors
-from phase3_paged_attention.attention_inputs import Inputs, make, more
+from phase3_paged_attention.attention_errors import check
+from phase3_paged_attention.attention_inputs import make, more
 from phase3_paged_attention.attention_peers import FLASHINFER, Peer, first_line
 from phase3_paged_attention.attention_steps import Launch, Prepared, in_turns, ours, plan_seconds
 
 CACHES = 3  # inputs together are this many times the L2 cache, if ten of them can be
 FEW, CALLS, MANY = 3, 10, 100  # calls of a replayed graph
 LONG_REPLAY, SHORT_REPLAY = 0.02, 0.002  # seconds; a replay's start costs some microseconds, which all calls share
-PEER_TOLERANCE = 0.05  # of the largest result: FlashInfer and torch round in other places
-CHECKED_ROWS = 16  # of the last sequence, against float64
 OURS = "ours"
 Prepare = Callable[[Any], Prepared]
 OURS_ALONE: Mapping[str, Prepare] = MappingProxyType({OURS: ours})
@@ -215,32 +212,6 @@ def copies_of(case: Step, device: str) -> int:
         return 2
     l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or (64 << 20)
     return max(1, min(CALLS, -(-CACHES * l2 // case.bytes)))
-
-
-def check(name: str, got: torch.Tensor, inputs: Inputs, exactly: bool) -> None:
-    """Compare a few rows with float64: ours as exactly as arithmetic allows, peers roughly."""
-    last = len(inputs.case.new) - 1
-    few, rows = attention_errors.some(inputs, [0, last] if last else [0], 64 if inputs.case.tree else CHECKED_ROWS)
-    expected = attention_errors.exact(few)
-    judge(name, got.flatten(1)[rows], expected, attention_errors.allowed(few, expected), exactly, str(inputs.case))
-
-
-def judge(
-    name: str, got: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, exactly: bool, where: str
-) -> None:
-    """Raise CheckFailed unless a result is what it should be: up to what is allowed, or roughly.
-
-    Args:
-        name: of the subject.
-        got, expected, allowed: alike in shape; result, truth in float64, and how far they may be from one another.
-        exactly: whether `allowed` counts; else `PEER_TOLERANCE` of the largest number.
-        where: the case.
-    """
-    off = (got.double() - expected).abs().nan_to_num(nan=float("inf"))
-    if exactly and not bool((off <= allowed).all()):
-        raise CheckFailed(f"{name} is off by {float((off / allowed).max()):.2g} times what is allowed at {where}")
-    if not float(off.max()) <= PEER_TOLERANCE * float(expected.abs().max()):
-        raise CheckFailed(f"{name} does not compute the same at {where}")
 
 
 def _clock(seconds: float, bench: Bench) -> Clock:

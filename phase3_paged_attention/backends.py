@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from module0_profiling.course.errors import CourseError
-from module0_profiling.course.parts import Use, resolve
+from module0_profiling.course.parts import Use, resolve, workspace_of
 from phase0_prototype.attention import AttentionSpec
 from phase0_prototype.errors import UserError
 from phase2_rope.deepseek import LatentSpec
@@ -107,11 +107,18 @@ class CannotServe(Exception):
     """A backend that can't be made; the arguments are the reasons."""
 
 
+def _mine(use: Use) -> Use:
+    """The same with the learner's parts of this phase; CannotServe where there are none."""
+    if not workspace_of(ROOM).is_dir():
+        raise CannotServe("your kernels are not there yet: make start-phase3")
+    return use.choose("phase3", "mine")
+
+
 def _makers(use: Use) -> dict[str, Make]:
     """How each backend for keys and values is made, best first."""
 
     def triton(spec: AttentionSpec, device: torch.device, whose: Use = use) -> Any:
-        if reasons := why_not_triton(device):
+        if reasons := why_not_triton(spec, device):
             raise CannotServe(*reasons)
         paged, work = (resolve(ROOM, part, whose) for part in ("kernels.paged", "work"))
         return TritonAttention(spec, device, paged, work)
@@ -119,7 +126,7 @@ def _makers(use: Use) -> dict[str, Make]:
     return {
         "triton": triton,
         "flashinfer": FlashInferAttention,
-        "mine": lambda spec, device: triton(spec, device, use.choose("phase3", "mine")),
+        "mine": lambda spec, device: triton(spec, device, _mine(use)),
         "torch": lambda spec, device: resolve(ROOM, "torch_attention", use).PagedTorchAttention(),
     }
 
@@ -128,7 +135,7 @@ def _latent_makers(use: Use, latent: LatentSpec) -> dict[str, Make]:
     """How each backend for latents is made, best first."""
 
     def triton(spec: AttentionSpec, device: torch.device, whose: Use = use) -> Any:
-        if reasons := why_not_triton(device):
+        if reasons := why_not_triton(spec, device):
             raise CannotServe(*reasons)
         from phase3_paged_attention.latent_attention import TritonLatentAttention
 
@@ -146,6 +153,6 @@ def _latent_makers(use: Use, latent: LatentSpec) -> dict[str, Make]:
     return {
         "triton": triton,
         "flashinfer": flashinfer,
-        "mine": lambda spec, device: triton(spec, device, use.choose("phase3", "mine")),
+        "mine": lambda spec, device: triton(spec, device, _mine(use)),
         "torch": in_torch,
     }

@@ -13,9 +13,11 @@ from phase0_prototype.config import ModelConfig, load_config
 from phase0_prototype.engine import ROOM as PROTOTYPE
 from phase0_prototype.engine import Engine
 from phase0_prototype.engine_config import resolve_device, resolve_dtype
+from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.linear import LinearFormat
 from phase1_memory import engine as paged
+from phase2_rope.deepseek import ARCHITECTURES as EARLIER
 from phase2_rope.deepseek import DeepseekConfig
 from phase2_rope.engine import ROOM as ROPE
 from phase3_paged_attention import backends
@@ -33,7 +35,12 @@ def build(
 ) -> Engine:
     """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1."""
     use = use or Use()
-    built = paged.build(config, use, advance, layers=partial(_layers, config, use), architectures=ARCHITECTURES)
+    known = ARCHITECTURES
+    if use.of(PROTOTYPE) != "solution":  # its model knows neither caps nor numbers of other types
+        known = EARLIER
+        if config.kv_cache_dtype != "auto":
+            raise UserError(f"kv_cache_dtype={config.kv_cache_dtype!r} needs phase0=solution: its layers quantise")
+    built = paged.build(config, use, advance, layers=partial(_layers, config, use), architectures=known)
     settle_scales(built.model, resolve_model(config.model))
     return built
 

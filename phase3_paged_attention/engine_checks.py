@@ -1,7 +1,7 @@
 """Benchmark case `check_engine`: the engine with our kernels on a GPU, eager and as CUDA graphs.
 
-With an exact cache `transformers` judges the tokens. A quantised one changes them for good: there, our kernels must read
-what torch's operations read.
+With an exact cache `transformers` judges the tokens. A quantised one changes them for good:
+there, our kernels must read what torch's operations read.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class TritonLatentAttention:
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """No GPU, no Triton, or entries that the kernel has no tile for."""
-        return why_not_triton(device) or list(self.mla.why_not(self.latent.latent, self.latent.rope))
+        return why_not_triton(spec, device) or list(self.mla.why_not(self.latent.latent, self.latent.rope))
 
     def steady(self, round_up: int) -> TritonLatentAttention:
         """The same; lengths don't matter to a captured step, only the number of sequences does."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from module0_profiling.course.parts import Use, resolve
+from phase3_paged_attention.attention_errors import judge
 from phase3_paged_attention.attention_inputs import pages, pairs, poison, tree_bits
 from phase3_paged_attention.attention_steps import ROOM, SOLUTION, Prepared
-from phase3_paged_attention.attention_timing import Workload, judge
+from phase3_paged_attention.attention_timing import Workload
 from phase3_paged_attention.kernels.reference import visible_keys
 from phase3_paged_attention.latent_format import PackedLatents
 

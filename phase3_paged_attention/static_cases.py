@@ -22,13 +22,13 @@ def static(options: Options) -> tuple[Figure, ...]:
 
 def builds(arch: str) -> tuple[TritonBuild, ...]:
     """The paged family with the tiles that this GPU is given, latents, the quantised write, and the decode ladder."""
-    from phase3_paged_attention.kernels import decode_ladder, merge, mla, quantise_triton
+    from phase3_paged_attention.kernels import decode_ladder, latents_triton, merge, quantise_triton
 
     number = int(arch.removeprefix("sm_"))
     capability = (number // 10, number % 10)
     writes = quantise_triton.CONVERTING if capability >= CONVERTS_FP8 else quantise_triton.AOT
     merging = merge.build(*HEADS, 128, 1, 16)
-    return (*_family(capability), merging, *mla.builds_for(capability), *writes, *decode_ladder.AOT)
+    return (*_family(capability), merging, *latents_triton.builds_for(capability), *writes, *decode_ladder.AOT)
 
 
 def figures_of(report: KernelReport) -> list[Figure]:

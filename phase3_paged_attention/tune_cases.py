@@ -11,8 +11,8 @@ from phase3_paged_attention.attention_steps import ours
 from phase3_paged_attention.attention_timing import NOTHING, OURS_ALONE, Prepare, timed
 from phase3_paged_attention.gpu_cases import DRY, DRY_HEADS, LONG, bench_of
 
-# (block_n, warps, stages, blocks). Of `stages` Triton spends half on the block table. Work is split for so many `blocks`
-# of an SM; how many fit is up to the build.
+# (block_n, warps, stages, blocks). Of `stages` Triton spends half on the block table. Work is split for so many
+# `blocks` on an SM; how many fit is up to the build.
 SHORT = (
     *((64, 4, stages, blocks) for stages in (3, 5, 7) for blocks in (2, 3, 4)),
     *((32, 4, 5, 4), (32, 4, 7, 4), (128, 4, 3, 2), (128, 4, 5, 2), (128, 8, 5, 1), (64, 8, 5, 2), (64, 2, 5, 4)),

@@ -5,9 +5,7 @@ shared memory, of 99 on sm_86, 89 and 120. Hopper multiplies with operands in sh
 pass through registers, and 64 rows leave room for 16 keys. A packed latent passes through registers in any case: that
 leaves room for 16 rows there, and on sm_100, which copies its sums to registers and back.
 
-Five stages are not five tiles. The addresses of a tile are read from the block table, and Triton shares the stages
-between both loads: with three, the copy of the next tile starts when this one is done, and nothing overlaps. Five keep
-one tile in flight and one in use.
+Three stages are two tiles in flight beside the one in use; `mma.sync` frees that one's memory for the second.
 """
 
 from __future__ import annotations
@@ -62,20 +60,20 @@ class Cut:
     programs: int
 
 
-_ONE = LatentTile(16, 32, 4, 5, 2)
+_ONE = LatentTile(16, 32, 4, 3, 2)
 _Tiles = dict[bool, tuple[LatentTile, ...]]  # by whether entries are packed
 _HOPPER: _Tiles = {
-    False: (_ONE, LatentTile(32, 32, 8, 5, 1), LatentTile(64, 32, 8, 5, 1)),
-    True: (_ONE, LatentTile(64, 32, 8, 5, 1)),
+    False: (_ONE, LatentTile(32, 32, 8, 3, 1), LatentTile(64, 32, 8, 3, 1)),
+    True: (_ONE, LatentTile(64, 32, 8, 3, 1)),
 }
-_BLACKWELL: _Tiles = {False: (_ONE, LatentTile(32, 32, 8, 5, 1), LatentTile(64, 16, 8, 5, 1)), True: (_ONE,)}
+_BLACKWELL: _Tiles = {False: (_ONE, LatentTile(32, 32, 8, 3, 1), LatentTile(64, 16, 8, 3, 1)), True: (_ONE,)}
 _A100: _Tiles = {
-    False: (LatentTile(16, 32, 4, 5, 1), LatentTile(32, 32, 8, 5, 1), LatentTile(64, 16, 8, 5, 1)),
-    True: (LatentTile(16, 32, 4, 5, 1),),
+    False: (LatentTile(16, 32, 4, 3, 1), LatentTile(32, 32, 8, 3, 1), LatentTile(64, 16, 8, 3, 1)),
+    True: (LatentTile(16, 32, 4, 3, 1),),
 }
 _SMALL: _Tiles = {  # 99 KB
-    False: (LatentTile(16, 32, 4, 5, 1), LatentTile(32, 16, 8, 5, 1)),
-    True: (LatentTile(16, 32, 4, 5, 1),),
+    False: (LatentTile(16, 32, 4, 3, 1), LatentTile(32, 16, 8, 3, 1)),
+    True: (LatentTile(16, 32, 4, 3, 1),),
 }
 _WIDE = (LatentTile(16, 16, 4, 1, 1),)  # float32 is for tests
 _INTERPRETED = tuple(LatentTile(rows, 32, 1, 1, 8) for rows in (16, 32, 64))  # few and large operations

@@ -1,8 +1,11 @@
 """The device side of `kernels.mla`: one Triton kernel for latents in q's type and for packed ones, and its builds.
 
-The place of an entry comes from the block table token by token: a page loaded as a whole loses Triton's pipelining.
-Slots past a sequence's end may hold NaN: what a mask hides is 0 in the latent too, which is the value, and 0 * NaN is
-NaN. A packed entry's bits become float32, are multiplied with the scale of their group and rounded to q's type once.
+    table    the place of an entry comes from the block table token by token: a page loaded as a whole loses Triton's
+             pipelining. The blocks are loaded a round ahead: read in their own round, they are a load that another one
+             waits for, Triton shares its stages between both, and with three nothing is copied in the background
+    garbage  slots past a sequence's end may hold NaN: what a mask hides is 0 in the latent too, 0 * NaN is NaN
+    packed   bits become float32, are multiplied with the scale of their group and rounded to q's type once. Where
+             `mma.sync` multiplies, Triton does not copy them in the background, and keeps two layouts of what they are
 
 The interpreter (TRITON_INTERPRET=1) runs this in float32 and float16; for bfloat16 it is silently wrong.
 """
@@ -104,11 +107,12 @@ def latents_kernel(  # type: ignore[no-untyped-def]
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, LW), tl.float32)
+    block = tl.load(tables_ptr + (begin + key) // P, mask=begin + key < end, other=0)  # [BN]
     for low in range(begin, end, BN):
         position = low + key
         inside = position < end
-        at = tl.load(tables_ptr + position // P, mask=inside, other=0)
-        at = (at.to(tl.int64) if WIDE else at) * P + position % P  # [BN]
+        at = (block.to(tl.int64) if WIDE else block) * P + position % P
+        block = tl.load(tables_ptr + (position + BN) // P, mask=position + BN < end, other=0)  # of the next round
         c, k = _entries(cache_ptr, scales_ptr, turned_ptr, at, inside, q, L, R, LW, RW, PACKED, HARDWARE)
         scores = tl.dot(q, tl.trans(c), input_precision="ieee")
         scores = tl.dot(q_turned, tl.trans(k), scores, input_precision="ieee") * scale

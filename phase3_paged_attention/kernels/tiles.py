@@ -56,7 +56,7 @@ _TILES: dict[int, dict[str, dict[int, tuple[Tile, Tile]]]] = {
     64: {
         LARGE: {
             64: (Tile(64, 4, 5, 3), Tile(64, 4, 5, 3)),
-            128: (Tile(64, 4, 5, 2), Tile(64, 4, 5, 2)),
+            128: (Tile(64, 4, 5, 2), Tile(32, 4, 5, 2)),
             256: (Tile(32, 8, 5, 1), Tile(32, 8, 3, 1)),
         },
         MIDDLE: {

@@ -6,7 +6,8 @@ import pytest
 
 from phase0_prototype.errors import UserError
 from phase0_prototype.sampling_params import SamplingParams
-from phase0_prototype.tests.checkpoints import VARIANTS, random_prompt
+from phase0_prototype.tests.checkpoints import SIZES, VARIANTS, random_prompt, save
+from phase2_rope.tests.deepseek_checkpoints import ATTENTION
 from phase3_paged_attention import LLM as NAMED_BY_THE_PACKAGE
 from phase3_paged_attention.llm import LLM
 
@@ -66,6 +67,27 @@ def test_latents_go_the_same_way(variant, deepseek, load):
     assert output.outputs[0].token_ids == made.greedy(prompt, 12)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A DeepSeek whose latents fill a group of 128 numbers."""
+    sizes = {**SIZES, **ATTENTION, "kv_lora_rank": 128}
+    return save("DeepseekV3", sizes, tmp_path_factory.mktemp("wide"), seed=7, attention="eager")
+
+
+def test_packed_latents_say_the_same_however_they_are_cut(wide, load):
+    plain, packed = load(wide), load(wide, kv_cache_dtype="fp8_ds_mla")
+    assert packed.engine.kv.spec.bytes_per_token == 2 * (128 + 4 + 2 * 8)
+    assert plain.engine.kv.spec.bytes_per_token == 2 * (128 + 8) * 4
+    said = tokens_of(packed.generate(PROMPTS, PARAMS))
+    chunks = {"max_num_batched_tokens": 7, "block_size": 3}
+    assert tokens_of(load(wide, kv_cache_dtype="fp8_ds_mla", **chunks).generate(PROMPTS, PARAMS)) == said
+    prompt = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    (exact,), (close,) = (llm.generate(PROMPTS[1], prompt) for llm in (plain, packed))
+    pairs = zip(exact.prompt_logprobs[1:], close.prompt_logprobs[1:], strict=True)
+    off = [abs(value.logprob - b[token].logprob) for a, b in pairs for token, value in a.items()]
+    assert 0 < max(off) < 0.2
+
+
 def test_a_compiled_step_says_the_same(checkpoint, load):
     made = checkpoint("llama-gqa")
     prompt = random_prompt(12)
@@ -74,7 +96,7 @@ def test_a_compiled_step_says_the_same(checkpoint, load):
 
 
 def test_a_backend_that_can_not_run_here_says_why_in_one_line(checkpoint, load):
-    with pytest.raises(UserError, match="needs a GPU, not cpu.*Those that can: torch") as error:
+    with pytest.raises(UserError, match="kernels need a GPU, not cpu.*Those that can: torch") as error:
         load(checkpoint("llama-gqa"), attention_backend="triton")
     assert "\n" not in str(error.value)
 
