@@ -110,21 +110,39 @@ class LatentAttention(nn.Module):
         q = q.reshape(-1, spec.num_heads, spec.query)  # [T, H, P + R]
         latent, key = entry.split((spec.latent, spec.rope), dim=-1)
         nope, turning = q.split((spec.nope, spec.rope), dim=-1)
-        if reads_table(rotary):  # one launch turns and writes: the latent goes the way of a value
-            both = kv[0][..., spec.latent :], kv[0][..., : spec.latent]
-            latent = self.latent_norm(latent).unsqueeze(1)
-            turned, _ = self.rope.rotate_and_write(
-                turning, key.unsqueeze(1), latent, rotary, plan.slots, both, interleaved=spec.interleaved
-            )
-            entry = kv[0][plan.slots][:, 0] if plan.sequences else entry  # decodes don't ask for it
-        else:
-            turned, key = self.rope.rotate(turning, key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
-            entry = torch.cat((self.latent_norm(latent), key[:, 0]), dim=-1)  # [T, L + R]
-            kv[0].index_put_(plan.slots, entry.unsqueeze(1))
+        turned, entry = self.write(turning, self.latent_norm(latent), key, rotary, kv[0], plan)
         if turned is not turning:  # not in place
             q = torch.cat((nope, turned), dim=-1)
         q = q if rows is None else q[rows]
         return self.out(self.backend.run(spec, q, entry, self.up.weight, kv[0], plan))
+
+    def write(
+        self, q: Tensor, latent: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys, and put latents and keys where they belong.
+
+        Args:
+            q: [T, H, R], the part that turns.
+            latent: [T, L], normed.
+            key: [T, R], the rotary key of all heads.
+            rotary: what `Rotary` gives.
+            cache: of the layer.
+            plan: of this step.
+
+        Returns:
+            q turned, and [T, L + R] entries as the backend wants those of the step: decodes don't ask for them.
+        """
+        spec = self.spec
+        if reads_table(rotary):  # one launch turns and writes: the latent goes the way of a value
+            both = cache[..., spec.latent :], cache[..., : spec.latent]
+            turned, _ = self.rope.rotate_and_write(
+                q, key.unsqueeze(1), latent.unsqueeze(1), rotary, plan.slots, both, interleaved=spec.interleaved
+            )
+            return turned, cache[plan.slots][:, 0] if plan.sequences else latent
+        turned, key = self.rope.rotate(q, key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
+        entry = torch.cat((latent, key[:, 0]), dim=-1)  # [T, L + R]
+        cache.index_put_(plan.slots, entry.unsqueeze(1))
+        return turned, entry
 
 
 class RopeLayers(Layers):

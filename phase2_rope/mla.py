@@ -96,8 +96,8 @@ def absorbed(spec: LatentSpec, q: Tensor, entries: Tensor, up: Tensor, mask: Ten
         [Tq, H * V].
     """
     keys = entries.unsqueeze(1)  # one key head for all query heads
-    attended = causal_attention(_into_latents(spec, q, up), keys, keys, spec.scale, None, mask)  # [Tq, H, L + R]
-    return _into_values(spec, attended, up)
+    attended = causal_attention(into_latents(spec, q, up), keys, keys, spec.scale, None, mask)  # [Tq, H, L + R]
+    return into_values(spec, attended, up)
 
 
 def _decode(spec: LatentSpec, q: Tensor, up: Tensor, cache: Tensor, plan: PagedPlan) -> Tensor:
@@ -107,22 +107,22 @@ def _decode(spec: LatentSpec, q: Tensor, up: Tensor, cache: Tensor, plan: PagedP
     else:
         entries = cache[plan.blocks].flatten(1, 2).transpose(1, 2)  # [B, 1, kv, L + R]
     attended = sdpa(
-        _into_latents(spec, q, up).unsqueeze(1),  # [B, 1, H, L + R]
+        into_latents(spec, q, up).unsqueeze(1),  # [B, 1, H, L + R]
         entries,
         entries,
         attn_mask=plan.masks[None],
         scale=spec.scale,
     )
-    return _into_values(spec, attended[:, 0], up)
+    return into_values(spec, attended[:, 0], up)
 
 
-def _into_latents(spec: LatentSpec, q: Tensor, up: Tensor) -> Tensor:
+def into_latents(spec: LatentSpec, q: Tensor, up: Tensor) -> Tensor:
     """Queries that meet latents: [T, H, P + R] -> [T, H, L + R], W_UK absorbed."""
     nope = torch.bmm(q[..., : spec.nope].transpose(0, 1), up[:, : spec.nope])  # [H, T, L]
     return torch.cat((nope.transpose(0, 1), q[..., spec.nope :]), dim=-1)
 
 
-def _into_values(spec: LatentSpec, attended: Tensor, up: Tensor) -> Tensor:
+def into_values(spec: LatentSpec, attended: Tensor, up: Tensor) -> Tensor:
     """Sums of latents to sums of values, [T, H, >= L] -> [T, H * V]; what lies behind the latent is dropped."""
     latents = attended[..., : spec.latent].transpose(0, 1)  # [H, T, L]
     return torch.bmm(latents, up[:, spec.nope :].transpose(1, 2)).transpose(0, 1).flatten(1)

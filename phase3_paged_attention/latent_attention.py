@@ -22,7 +22,7 @@ from phase0_prototype.prefill_attention import causal_mask
 from phase1_memory.attention import Sequence, tokens_of
 from phase2_rope.deepseek import LatentSpec
 from phase2_rope.expanded import expanded
-from phase2_rope.mla import _into_latents, _into_values, absorbing_is_less
+from phase2_rope.mla import into_latents, into_values, absorbing_is_less
 from phase3_paged_attention.attention import LEAST_TABLE, why_not_triton
 from phase3_paged_attention.kernels.paged import Tables
 from phase3_paged_attention.latent_format import PackedLatents
@@ -164,13 +164,13 @@ class TritonLatentAttention:
         return out
 
     def _absorbed(self, spec: LatentSpec, q: Tensor, up: Tensor, cache: Tensor, plan: LatentPlan) -> Tensor:
-        absorbed = _into_latents(spec, q, up)  # [T, H, L + R]
+        absorbed = into_latents(spec, q, up)  # [T, H, L + R]
         out = q.new_empty(q.shape[0], spec.num_heads, spec.latent)
         for work in plan.work:
             self.mla.attend_latents(
                 absorbed, cache, plan.tables, work, scale=spec.scale, latent=spec.latent, rope=spec.rope, out=out
             )
-        return _into_values(spec, out, up)
+        return into_values(spec, out, up)
 
     def _absorbs(self, queries: int, keys: int, visible: Tensor | None) -> bool:
         """Trees are the kernel's in any case: no mask of the other form has them. So are single tokens."""

@@ -76,28 +76,11 @@ class PackedLatentAttention(LatentAttention):
         super().__init__(plain.spec, plain.down, q_up, *parts)
         self.how = how
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        kv: tuple[Tensor, ...],
-        plan: Any,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """See `LatentAttention`; `kv[0]` is [blocks, page, 1, bytes] uint8."""
-        spec = self.spec
-        read = torch.cat([part(x) for part in self.down], dim=-1) if len(self.down) > 1 else self.down[0](x)
-        q, entry = read.split((read.shape[-1] - spec.entry, spec.entry), dim=-1)
-        if self.q_norm is not None and self.q_up is not None:
-            q = self.q_up(self.q_norm(q))
-        q = q.reshape(-1, spec.num_heads, spec.query)  # [T, H, P + R]
-        latent, key = entry.split((spec.latent, spec.rope), dim=-1)
-        nope, turning = q.split((spec.nope, spec.rope), dim=-1)
-        turned, key = self.rope.rotate(turning, key.unsqueeze(1), *rotary, interleaved=spec.interleaved)
-        packed = self.how.pack(self.latent_norm(latent), key[:, 0])  # [T, 1, bytes]
-        kv[0].index_put_(plan.slots, packed)
-        entry = self.how.unpack(packed[:, 0]) if plan.sequences else entry  # decodes don't ask for it
-        if turned is not turning:  # not in place
-            q = torch.cat((nope, turned), dim=-1)
-        q = q if rows is None else q[rows]
-        return self.out(self.backend.run(spec, q, entry, self.up.weight, kv[0], plan))
+    def write(
+        self, q: Tensor, latent: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `LatentAttention`; `cache` is [blocks, page, 1, bytes] uint8, entries are as it has them."""
+        turned, key = self.rope.rotate(q, key.unsqueeze(1), *rotary, interleaved=self.spec.interleaved)
+        packed = self.how.pack(latent, key[:, 0])  # [T, 1, bytes]
+        cache.index_put_(plan.slots, packed)
+        return turned, self.how.unpack(packed[:, 0]) if plan.sequences else latent

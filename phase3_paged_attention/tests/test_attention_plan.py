@@ -50,7 +50,8 @@ def error(plan, batch):
 windows = frozenset((None, 20))
 steps = [batch_of(lengths) for lengths in ((1, 1, 1), (200, 3, 17), (64, 300, 31), (16, 16, 250))]
 plans = [backend.plan(batch, windows, page) for batch in steps]
-found = {"shapes": len({plan.shape for plan in plans}), "sizes": len({tuple(t.shape for t in p.tensors) for p in plans})}
+sizes = {tuple(tensor.shape for tensor in plan.tensors) for plan in plans}
+found = {"shapes": len({plan.shape for plan in plans}), "sizes": len(sizes)}
 found["replayed"] = max(error(plans[0].with_tensors(p.tensors), batch) for p, batch in zip(plans, steps))
 found["left"] = max(int(w.counters.abs().max()) for plan in plans for works in plan.work.values() for w in works)
 chunk = batch_of((40, 25), new=9)

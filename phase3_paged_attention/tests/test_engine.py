@@ -96,13 +96,13 @@ def test_a_compiled_step_says_the_same(checkpoint, load):
 
 
 def test_a_backend_that_can_not_run_here_says_why_in_one_line(checkpoint, load):
-    with pytest.raises(UserError, match="kernels need a GPU, not cpu.*Those that can: torch") as error:
+    with pytest.raises(UserError, match=r"kernels need a GPU, not cpu.*Those that can: torch") as error:
         load(checkpoint("llama-gqa"), attention_backend="triton")
     assert "\n" not in str(error.value)
 
 
 def test_settings_that_do_not_exist_are_one_line(checkpoint, load):
-    with pytest.raises(UserError, match="attention_backend='cuda' is not allowed: give auto, triton"):
+    with pytest.raises(UserError, match=r"attention_backend='cuda' is not allowed: give auto, triton"):
         load(checkpoint("llama-gqa"), attention_backend="cuda")
-    with pytest.raises(UserError, match="kv_cache_dtype='fp4' is not allowed: give auto, "):
+    with pytest.raises(UserError, match=r"kv_cache_dtype='fp4' is not allowed: give auto, "):
         load(checkpoint("llama-gqa"), kv_cache_dtype="fp4")

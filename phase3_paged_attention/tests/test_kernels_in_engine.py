@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 
@@ -31,7 +32,8 @@ print(json.dumps(said))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is Linux only)")
 def test_the_kernels_say_what_torch_says(checkpoint, deepseek, use):
-    plain, window, latent = (str(x.path) for x in (checkpoint("llama-gqa"), checkpoint("mistral-window"), deepseek("v3")))
+    made = (checkpoint("llama-gqa"), checkpoint("mistral-window"), deepseek("v3"))
+    plain, window, latent = (str(x.path) for x in made)
     squeezed = {"num_blocks": 5, "block_size": 16, "watermark": 0}
     runs = [
         (str(use), {}, plain),
@@ -40,8 +42,6 @@ def test_the_kernels_say_what_torch_says(checkpoint, deepseek, use):
         (str(use), {}, window),
         (str(use), {}, latent),
     ]
-    import json
-
     said = interpreted(SCRIPT, json.dumps(runs))
     assert len(said) == len(runs)
     for name, pair in said.items():
