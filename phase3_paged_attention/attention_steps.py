@@ -86,7 +86,7 @@ def changed(
 ) -> Any:
     """The kernels with another tile, tokens of a tile, programs that work is split for, or way to merge splits."""
     names: dict[str, Any] = dict(vars(paged))
-    names["attend"] = partial(paged.attend, tile=tile, last_block=last_block)
+    names["attend"] = partial(paged.launch, tile=tile, last_block=last_block)
     if tile is not None:
         names["block_n_of"] = lambda spec, device, tokens: tile.block_n
         names["programs_of"] = lambda spec, device, tokens: multiprocessors(device) * tile.blocks

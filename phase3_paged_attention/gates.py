@@ -1,7 +1,7 @@
 """The measures of the gates that need no GPU: each takes a `Use` and returns the number that is graded.
 
-Kernels are asked in Triton's interpreter (kernel_gates.py, write_gates.py) or compiled (launched.py), in a process of
-their own; one process answers all gates of a task.
+Kernels are asked in Triton's interpreter (kernel_gates.py, write_gates.py, engine_gates.py) or compiled (launched.py),
+in a process of their own; one process answers all gates of a task.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
 from phase3_paged_attention.interpreted import ROOM, in_process
 
-QUALITY_CHARACTERS = 3000  # of held-out text
+QUALITY_CHARACTERS = 2000  # of held-out text
 QUALITY_FORMATS = ("fp8_e4m3", "fp8_per_token_head")
-KERNELS, WRITES, COMPILED = (f"{ROOM}.{name}" for name in ("kernel_gates", "write_gates", "launched"))
+KERNELS, WRITES, COMPILED, ENGINE = (
+    f"{ROOM}.{name}" for name in ("kernel_gates", "write_gates", "launched", "engine_gates")
+)
 
 
 def paged_error(use: Use) -> Measured:
@@ -51,6 +53,12 @@ def paged_spills(use: Use) -> Measured:
     found = _asked(COMPILED, "spills", use, interpret=False)
     spilling = ", ".join(name for name, size in found.items() if size)
     return Measured(float(sum(found.values())), spilling or f"{len(found)} builds")
+
+
+def other_tokens(use: Use) -> Measured:
+    """Tokens that the engine says otherwise with these kernels than with the torch backend."""
+    found = _asked(ENGINE, "tokens", use)
+    return Measured(found["other"], f"{found['tokens']} tokens by {found['backend']}")
 
 
 def write_error(use: Use) -> Measured:

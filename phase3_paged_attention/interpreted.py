@@ -51,6 +51,8 @@ def answer(questions: Mapping[str, Callable[[Use], dict[str, Any]]], arguments: 
     name, use = arguments
     try:
         found = questions[name](Use.parse(use))
+    except CourseError as error:  # it says where
+        sys.exit(str(error))
     except Exception as error:
         homes = (workspace_of(ROOM), framework_of(ROOM), package_of(ROOM))
         sys.exit(blame(error, homes, rooms.ROOT))

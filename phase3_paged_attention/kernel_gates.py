@@ -29,8 +29,8 @@ from phase3_paged_attention.kernels.trace import Trace
 from phase3_paged_attention.mla_inputs import LatentCase
 
 CPU = torch.device("cpu")
-HALF = {"dtype": torch.float16}
-SMALL = {"heads": 4, "kv_heads": 2, "dim": 32}
+HALF: dict[str, Any] = {"dtype": torch.float16}
+SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "dim": 32}
 STEPS = {  # (programs that work is split for, step)
     "decode, split": (16, Case((130, 1, 17), (1, 1, 1), 4, 2, 16, dtype=torch.float32)),
     "two tiles and a chunk": (1, Case((25, 17), (2, 17), 8, 1, 16, page=32, **HALF)),

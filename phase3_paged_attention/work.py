@@ -90,6 +90,9 @@ def plan_work(
 def _chunk(length: np.ndarray, share: int, block_n: int, capacity: int | None) -> int:
     """Cached tokens of a split: the smallest multiple of block_n with which the work fills the programs once.
 
+    With few tiles that may leave one of them long, since most room is taken by short ones. Then splits of about a share
+    are better, though they are more than run at once: longest first, the last to end has a share and a split at most.
+
     Args:
         length: cached tokens of each tile.
         share: items that run at once, each for all KV heads.
@@ -100,10 +103,20 @@ def _chunk(length: np.ndarray, share: int, block_n: int, capacity: int | None) -
     even = -(-int(length.sum()) // max(share, 1))  # cached tokens of a program, if all had as many
     if longest <= even or longest <= LEAST_BLOCKS * block_n:
         return longest
-    room = share if len(length) <= share else len(length) + share  # a tile that is no longer than a share stays whole
+    most = len(length) + share  # a tile that is no longer than a share stays whole
     if capacity is not None:
-        room = max(min(room, capacity), len(length))
-    low, high = max(LEAST_BLOCKS, -(-even // block_n)), -(-longest // block_n)
+        most = max(min(most, capacity), len(length))
+    least = max(LEAST_BLOCKS, -(-even // block_n)) * block_n
+    chunk = _smallest(length, least, most, block_n)
+    if len(length) > share:
+        return chunk
+    once = _smallest(length, least, min(share, most), block_n)
+    return once if once <= even + chunk else chunk
+
+
+def _smallest(length: np.ndarray, least: int, room: int, block_n: int) -> int:
+    """The smallest multiple of block_n, from `least` on, with which there are no more than `room` splits."""
+    low, high = least // block_n, -(-int(length.max()) // block_n)
     while low < high:
         middle = (low + high) // 2
         if int((-(-length // (middle * block_n))).sum()) <= room:

@@ -69,7 +69,6 @@ def attend_latents(
     latent: int,
     rope: int,
     out: Tensor | None = None,
-    tiles: tuple[LatentTile, ...] | None = None,
 ) -> Tensor:
     """Attention of new tokens to the latents of their sequences, their own included; sums of latents, before W_UV.
 
@@ -83,7 +82,6 @@ def attend_latents(
         scale: of the scores, (P + R)^-0.5 and not (L + R)^-0.5.
         latent, rope: L and R.
         out: [T, H, L], contiguous, of q's type, where to write; only rows of sequences in `work` are written.
-        tiles: other than the table's.
 
     Returns:
         [T, H, L] of q's type.
@@ -91,6 +89,22 @@ def attend_latents(
     Raises:
         ValueError: entries of another size than L and R say, or a cache that is not contiguous.
     """
+    return launch(q, cache, tables, work, scale=scale, latent=latent, rope=rope, out=out)
+
+
+def launch(
+    q: Tensor,
+    cache: Tensor,
+    tables: Tables,
+    work: Work,
+    *,
+    scale: float,
+    latent: int,
+    rope: int,
+    out: Tensor | None = None,
+    tiles: tuple[LatentTile, ...] | None = None,
+) -> Tensor:
+    """As `attend_latents`, with `tiles` other than the table's if they are given."""
     (tokens, heads, _), (_, page, _, size) = q.shape, cache.shape
     packed = cache.dtype == torch.uint8
     entry = PackedLatents(latent, rope, q.dtype).entry_bytes if packed else latent + rope

@@ -59,8 +59,6 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     out: Tensor | None = None,
-    tile: Tile | None = None,
-    last_block: bool | None = None,
 ) -> Tensor:
     """Attention of new tokens to the cache that holds them; nothing waits for the device, so a CUDA graph can hold it.
 
@@ -74,8 +72,6 @@ def attend(
         window: tokens that a query sees, itself included.
         soft_cap: scores become cap * tanh(score / cap).
         out: [T, Hq, D], contiguous, of q's type, where to write; only rows of sequences in `work` are written.
-        tile: other than the table's.
-        last_block: whether the last program of a tile merges its splits, or a second launch; None: by their number.
 
     Returns:
         [T, Hq * D] of q's type.
@@ -83,11 +79,33 @@ def attend(
     Raises:
         ValueError: keys and values lie differently.
     """
+    return launch(q, kv, tables, work, scale=scale, window=window, soft_cap=soft_cap, out=out)
+
+
+def launch(
+    q: Tensor,
+    kv: KV,
+    tables: Tables,
+    work: Work,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+    last_block: bool | None = None,
+) -> Tensor:
+    """As `attend`, for those who try what it chooses.
+
+    Args:
+        q, kv, tables, work, scale, window, soft_cap, out: see `attend`.
+        tile: other than the table's.
+        last_block: whether the last program of a tile merges its splits, or a second launch; None: by their number.
+    """
     keys, values, *scales = kv
     (tokens, heads, dim), (_, page, kv_heads, _) = q.shape, keys.shape
     if keys.stride() != values.stride():
         raise ValueError(f"keys and values must lie alike: strides are {keys.stride()} and {values.stride()}")
-    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device) if out is None else out
     block_m = block_m_of(work.tokens, heads // kv_heads)
     tile = tile or tile_of(_capability(q.device), dim, block_m, keys.element_size(), q.element_size())
     split = work.slots > 0
@@ -97,6 +115,7 @@ def attend(
         )  # of a captured launch, lists are longer than needed
         last_block = block_m <= DECODE_ROWS and work.slots <= FEW_SPLITS * tiles
     last_block = last_block and 0 < work.merges.shape[0] <= FEW_MERGES
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device) if out is None else out
     slots = (work.slots, kv_heads, block_m)
     partial = q.new_empty((*slots, dim) if split else 0, dtype=torch.float32)
     log2sum = q.new_empty(slots if split else 0, dtype=torch.float32)

@@ -161,7 +161,7 @@ for who in WHO:
 
 # %% [markdown]
 # The solution's surplus is pages that are not full, and groups whose sequences differ a little: a group for each
-# sequence would read nothing twice, and pay for calls.
+# sequence would read nothing in vain, and pay for calls.
 #
 # Now the clock. Grey is what the engine does, below it is what torch does for it. **Expect** blue and orange to shrink
 # by the bytes. **Look for** what does not shrink.
@@ -286,7 +286,7 @@ rows, points, gains = {}, [], {}
 for name, lengths in CASES.items():
     step = cpu_cases.decodes(lengths, torch.float32)
     runs = {who: step.paged(part("torch_attention", who).PagedTorchAttention()) for who in WHO}
-    timings = interleave(runs, rounds=5, warmup=1)
+    timings = interleave(runs, rounds=3, warmup=1)
     gains[name] = ratio(timings["framework"], timings["solution"])
     case = costs.Decode(tuple(lengths), cpu_cases.HEADS, cpu_cases.KV_HEADS, cpu_cases.HEAD_DIM, 4)
     work = roofline.Work(costs.flops(case), costs.minimum(case))
@@ -299,7 +299,7 @@ for name, lengths in CASES.items():
             "FLOP/byte": work.intensity,
             "ms": seconds * 1e3,
             "GB/s of what is needed": work.bytes / seconds / 1e9,
-            "share, at most": 1 / (PASSES * padded) if who == "framework" else 1.0,
+            "share, at most": min(1 / (PASSES * padded) if who == "framework" else 1.0, roof.ridge / work.intensity),
             "share of the bandwidth": work.bytes / seconds / bandwidth,
         }
     del step, runs
@@ -314,9 +314,10 @@ formats = {"MB needed": "{:.1f}", "ms": "{:.2f}", "share, at most": "{:.0%}", "s
 table(pd.DataFrame(rows).T, {**dict.fromkeys(rows[points[0].label], "{:.1f}"), **formats})
 
 # %% [markdown]
-# All points stand at one intensity, since all compute the same for a byte. In the ragged batch padding multiplies what
-# copies cost already. What the solution leaves below its ceiling is no longer memory's doing: torch's attention is made
-# for many queries, and gets one a head.
+# All points stand at one intensity, since all compute the same for a byte: 4 FLOPs, which for one thread is near the
+# ridge. (On a GPU it is far left of it: 8 for a byte of bfloat16, where an H200 has its ridge at 184.) In the ragged
+# batch padding multiplies what copies cost already. What the solution leaves below its ceiling is no longer memory's
+# doing: torch's attention is made for many queries, and gets one a head.
 #
 # On a CPU the way out is to copy little at a time. A GPU kernel needs no copy: a program looks each token up in the
 # block table and reads it where it lies. The rest of this notebook is about such kernels.
@@ -337,8 +338,8 @@ table(pd.DataFrame(rows).T, {**dict.fromkeys(rows[points[0].label], "{:.1f}"), *
 # `kernels/trace.py` takes them down. It must be chosen before Triton is imported, so this is a process of its own. And
 # what a rung compiles to for an H200 is asked of the real compiler, in another.
 #
-# **Predict**, for G = 4: how many times is each key asked for, and each value? How many bytes of 4 for the block table
-# does that add to a token, if a program needs an entry a page, or one a token? (Pages of 16, two KV heads of 64,
+# **Predict**, for G = 4: how many times is each key asked for, and each value? How many bytes of block table come with
+# a token, if a program reads an entry of 4 bytes for each page, or for each token? (Pages of 16, two KV heads of 64,
 # float16.) Which rungs can use tensor cores?
 
 # %%
@@ -440,7 +441,8 @@ if counted is not None:
 
 # %% [markdown]
 # `tiled` asks for *more* than `online`, since every token brings its table entry. What it is for is in the next table.
-# The splits' surplus here is partial results of a tiny batch, which go out and come back; on long sequences it is 1 %.
+# The splits' surplus here is partial results of a tiny batch, which go out and come back; on long sequences it is about
+# 1 %.
 #
 # The model is exact, so it may say what nobody wants to interpret: 64 sequences of 8,192 tokens of an 8B model.
 
@@ -646,14 +648,15 @@ for count in counts:
 table(pd.DataFrame(spent, index=[f"{n} sequences, µs" for n in counts]), dict.fromkeys(WHO, "{:,.0f}"))
 
 # %% [markdown]
-# The solution's list is longer: it cuts, sorts and says what to merge. A list of hundreds costs it little more than
-# one of four.
+# The solution does more: it cuts, sorts, and says what to merge. But it calls numpy as often for hundreds of sequences
+# as for one, and all of the list goes to the device in one copy.
 #
 # ## 5. What does a GPU say?
 #
 # Times of the rungs beside the predictions above, and of the engine's kernel (`ours`): a CUDA graph on inputs that take
-# turns, so that none is in the L2. **Look for** the place of each rung in its interval: that is how often the L2
-# answered.
+# turns, so that none is in the L2.
+#
+# **Predict** the place of each rung in its interval: the nearer to the left number, the more often the L2 answered.
 
 # %%
 if GPU:
@@ -669,9 +672,8 @@ if GPU:
         print(f"{what}: ours {measured[OURS]:,.1f} µs, {costs.minimum(step) / measured[OURS] / 1e6:.2f} TB/s")
         display(table(beside, {**dict.fromkeys(beside, "{:,.0f}"), "measured, µs": "{:,.1f}"}))
 else:
-    print(
-        "times of the kernels: NOT MEASURED HERE: they need an NVIDIA GPU; there, `python -m phase3_paged_attention.benchmark decode_kinds_gpu`"
-    )
+    print("times of the kernels: NOT MEASURED HERE: they need an NVIDIA GPU; there,", end=" ")
+    print("`python -m phase3_paged_attention.benchmark decode_kinds_gpu` takes them too")
 
 # %% [markdown]
 # ## Your turn

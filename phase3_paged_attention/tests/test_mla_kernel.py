@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SCRIPT = """
-import dataclasses, json, random, sys
+import dataclasses, functools, json, random, sys
 import torch
 from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
@@ -92,8 +92,8 @@ def error(heads, latent, rope, page, lengths, dtype, *, packed=False, visible=Fa
         tokens=cut.tokens, capacity=capacity, device=CPU,
     )
     out = torch.full((total, heads, latent), torch.nan, dtype=dtype)
-    chosen = {"tiles": tiles} if tiles else {}
-    got = mla.attend_latents(q, cache, where, work, scale=SCALE, latent=latent, rope=rope, out=out, **chosen)
+    run = functools.partial(mla.launch, tiles=tiles) if tiles else mla.attend_latents
+    got = run(q, cache, where, work, scale=SCALE, latent=latent, rope=rope, out=out)
     exact = torch.cat(exact)
     assert got is out and out.isfinite().all()
     return ((out.double() - exact).abs().max() / exact.abs().max()).item(), int(work.slots)

@@ -79,7 +79,7 @@ def check(name, dtype, kind="decode", hq=4, hkv=2, dim=16, page=16, tokens=1, wi
     out = torch.full((rows, hq, dim), NAN, dtype=dtype)
     options = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
     paged._is_wide = lambda side: wide
-    got = paged.attend(q, kv, tables, work, **options, out=out, tile=Tile(block_n, 1, 1), last_block=last_block)
+    got = paged.launch(q, kv, tables, work, **options, out=out, tile=Tile(block_n, 1, 1), last_block=last_block)
     assert got.data_ptr() == out.data_ptr() and not work.counters.any()
     exact = reference.attend(q.double(), kv, tables, **options)
     error = (got.double() - exact).abs().max() / exact.abs().max()
@@ -117,7 +117,7 @@ for name, stored in formats.items():
     tables = paged.Tables(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[0]])))
     work = plan_work([1], [1], group=1, kv_heads=1, window=None, programs=1, block_n=16, tokens=1,
                      device=torch.device("cpu"))
-    got = paged.attend(torch.ones(1, 1, 256), (values, values, torch.ones(1), torch.full((1,), 0.5)), tables, work,
+    got = paged.launch(torch.ones(1, 1, 256), (values, values, torch.ones(1), torch.full((1,), 0.5)), tables, work,
                        scale=1.0, tile=Tile(16, 1, 1))
     assert torch.equal(got.view(-1), values.float().view(-1) / 2), name
 print(json.dumps(found))

@@ -81,3 +81,16 @@ def test_sequences_keep_the_numbers_that_they_have_in_the_batch(plan_work) -> No
     work = plan_work([1, 1], [3000, 5], sequences=[7, 2], **options)
     assert {row[0] for row in rows(work.items)} == {7, 2}
     assert {row[0] for row in rows(work.merges)} <= {7}
+
+
+def test_bits_speak_of_64_new_tokens_and_of_no_more() -> None:
+    """The oracle of every kernel: a token beyond the 64th is seen by nobody who has bits, not even by itself."""
+    from phase3_paged_attention.kernels.reference import visible_keys
+
+    bits = torch.full((70,), -(1 << 63) | 1)  # the first and the last bit
+    bits[69] = -1
+    seen = visible_keys(70, 72, None, bits)
+    assert [seen[row].nonzero().flatten().tolist() for row in (0, 5, 63, 64, 68)] == [[0, 1, 2]] * 2 + [
+        [0, 1, 2, 65]
+    ] * 3
+    assert seen[69].all()

@@ -205,9 +205,9 @@ def why_not(spec: AttentionSpec, device: torch.device) -> list[str]:
     return []
 
 
-def tokens_of(spec: AttentionSpec, device: torch.device, new: int) -> int:
+def tokens_of(spec: AttentionSpec, device: torch.device, query_len: int) -> int:
     """New tokens of a tile, for a sequence that has so many. Here a tile shares nothing but its item."""
-    return 1 if new == 1 else TILE
+    return 1 if query_len == 1 else TILE
 
 
 def block_n_of(spec: AttentionSpec, device: torch.device, tokens: int) -> int:
