@@ -55,8 +55,8 @@ def plan_work(
     numbers = np.arange(len(queries)) if sequences is None else np.asarray(sequences, dtype=np.int64)
 
     tiles = -(-queries // tokens)  # of each sequence
-    owner = np.repeat(np.arange(len(queries)), tiles)
-    first = (np.arange(len(owner)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tokens
+    owner = np.arange(len(queries)).repeat(tiles)
+    first = (np.arange(len(owner)) - (tiles.cumsum() - tiles)[owner]) * tokens
     old = (kv - queries)[owner]
     end = old + np.minimum(first + tokens, queries[owner])
     begin = np.zeros_like(end) if window is None else np.maximum(old + first + 1 - window, 0)
@@ -66,25 +66,23 @@ def plan_work(
     splits = -(-length // chunk)
     parts = splits > 1
     slots = np.where(parts, splits, 0)
-    first_slot = np.cumsum(slots) - slots
+    first_slot = slots.cumsum() - slots
 
-    tile = np.repeat(np.arange(len(owner)), splits)
-    part = np.arange(len(tile)) - np.repeat(np.cumsum(splits) - splits, splits)
+    tile = np.arange(len(owner)).repeat(splits)
+    part = np.arange(len(tile)) - (splits.cumsum() - splits)[tile]
     start = begin[tile] + part * chunk
     stop = np.minimum(start + chunk, end[tile])
     slot = np.where(parts[tile], first_slot[tile] + part, -1)
-    items = np.stack((numbers[owner[tile]], first[tile], start, stop, slot, splits[tile]), axis=1)
-    items = items[np.argsort(start - stop, kind="stable")]  # the longest first
-    merges = np.stack((numbers[owner], first, first_slot, splits), axis=1)[parts]
+    items = np.array((numbers[owner[tile]], first[tile], start, stop, slot, splits[tile]))
+    items = items[:, (start - stop).argsort(kind="stable")]  # the longest first
+    merges = np.array((numbers[owner], first, first_slot, splits))[:, parts]
 
-    used = int(slots.sum())
+    used, room, joined = int(slots.sum()), items.shape[1], merges.shape[1]
     if capacity is not None:
         # At most two splits for each program's share, since a tile that is split is longer than a share.
-        used = min(max(capacity, len(items)), max(used, 2 * programs // kv_heads))
-        items = _filled(items, max(capacity, len(items)))
-        merges = _filled(merges, max(1, used // 2))
-    on_device = _on_device(items, merges, len(merges) * kv_heads, device)
-    return Work(*on_device, tokens=tokens, slots=used)
+        used = min(max(capacity, room), max(used, 2 * programs // kv_heads))
+        room, joined = max(capacity, room), max(1, used // 2)
+    return Work(*_on_device(items, room, merges, joined, kv_heads, device), tokens=tokens, slots=used)
 
 
 def _chunk(length: np.ndarray, share: int, block_n: int, capacity: int | None) -> int:
@@ -110,36 +108,40 @@ def _chunk(length: np.ndarray, share: int, block_n: int, capacity: int | None) -
     chunk = _smallest(length, least, most, block_n)
     if len(length) > share:
         return chunk
-    once = _smallest(length, least, min(share, most), block_n)
+    once = _smallest(length, chunk, min(share, most), block_n)
     return once if once <= even + chunk else chunk
 
 
 def _smallest(length: np.ndarray, least: int, room: int, block_n: int) -> int:
     """The smallest multiple of block_n, from `least` on, with which there are no more than `room` splits."""
+
+    def fits(blocks: int) -> bool:
+        return int((-(-length // (blocks * block_n))).sum()) <= room
+
     low, high = least // block_n, -(-int(length.max()) // block_n)
+    if low < high and fits(low):  # it often does, where one long sequence is alone
+        return low * block_n
     while low < high:
         middle = (low + high) // 2
-        if int((-(-length // (middle * block_n))).sum()) <= room:
+        if fits(middle):
             high = middle
         else:
             low = middle + 1
     return high * block_n
 
 
-def _filled(rows: np.ndarray, size: int) -> np.ndarray:
-    filled = np.full((size, rows.shape[1]), -1, dtype=np.int64)
-    filled[: len(rows)] = rows
-    return filled
-
-
 def _on_device(
-    items: np.ndarray, merges: np.ndarray, counters: int, device: torch.device
+    items: np.ndarray, room: int, merges: np.ndarray, joined: int, kv_heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flat = np.zeros(items.size + merges.size + counters, dtype=np.int32)
-    flat[: items.size] = items.ravel()
-    flat[items.size : items.size + merges.size] = merges.ravel()
+    """Both lists [fields, rows] as tables with `room` and `joined` rows, what is left of them -1, and counters."""
+    sizes = [6 * room, 4 * joined, joined * kv_heads]
+    flat = np.zeros(sum(sizes), dtype=np.int32)
+    tables = flat[: sizes[0]].reshape(room, 6), flat[sizes[0] : sizes[0] + sizes[1]].reshape(joined, 4)
+    for table, rows in zip(tables, (items, merges), strict=True):
+        table[: rows.shape[1]] = rows.T
+        table[rows.shape[1] :] = -1
     there = torch.from_numpy(flat)
     if device.type == "cuda":
         there = there.pin_memory().to(device, non_blocking=True)
-    parts = there.split([items.size, merges.size, counters])
-    return parts[0].view(-1, 6), parts[1].view(-1, 4), parts[2]
+    parts = there.split_with_sizes(sizes)
+    return parts[0].view(room, 6), parts[1].view(joined, 4), parts[2]

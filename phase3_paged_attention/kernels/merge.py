@@ -16,38 +16,38 @@ from torch import Tensor
 from module0_profiling.triton_compile import TritonBuild
 from phase3_paged_attention.work_list import Work
 
-SPLITS_AT_ONCE = 16  # partial results that a program of the kernel holds
+ROWS_ON_THEIR_WAY = 16  # to a program of the kernel
 
 
 @triton.jit
 def merged(  # type: ignore[no-untyped-def]  # Triton reads annotations its own way
     partial_ptr, log2sum_ptr, first_slot, splits, row, real,
-    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Whole results of some rows, [ROWS, WIDTH] float32; 0 where no split saw a key.
 
-    Pointers are at the KV head, slots STRIDE rows apart. Loads go past L1, which may hold what a graph's last replay
-    left there: the partial results are other programs' work.
+    Pointers are at the KV head, slots STRIDE rows apart. The copies of STAGES - 1 splits are on their way, in shared
+    memory: as tensors they would all be in registers, which the kernel that merges in its own launch can't spare. Loads
+    go past L1 where the copies can, else the caller's atomic has emptied it: partial results are other programs' work.
     """
-    split, dim = tl.arange(0, AT_ONCE), tl.arange(0, WIDTH)
+    dim = tl.arange(0, WIDTH)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in range(0, splits, AT_ONCE):
-        there = (first + split < splits)[:, None] & real[None, :]  # [AT_ONCE, ROWS]
-        at = (first_slot + first + split).to(tl.int64)[:, None] * STRIDE + row[None, :]
-        log2sum = tl.load(log2sum_ptr + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    for split in tl.range(0, splits, num_stages=STAGES):
+        at = (first_slot + split).to(tl.int64) * STRIDE + row
+        log2sum = tl.load(log2sum_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")
         partial = tl.load(
-            partial_ptr + at[:, :, None] * D + dim[None, None, :],
-            mask=there[:, :, None] & (dim < D)[None, None, :],
+            partial_ptr + at[:, None] * D + dim[None, :],
+            mask=real[:, None] & (dim < D)[None, :],
             other=0.0,
             cache_modifier=".cg",
-        )  # [AT_ONCE, ROWS, WIDTH]
-        higher = tl.maximum(top, tl.max(log2sum, 0))
+        )  # [ROWS, WIDTH]
+        higher = tl.maximum(top, log2sum)
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is no number
-        weight, fade = tl.exp2(log2sum - base[None, :]), tl.exp2(top - base)
-        total = total * fade + tl.sum(weight, 0)
-        sums = sums * fade[:, None] + tl.sum(partial * weight[:, :, None], 0)
+        weight, fade = tl.exp2(log2sum - base), tl.exp2(top - base)
+        total = total * fade + weight
+        sums = sums * fade[:, None] + partial * weight[:, None]
         top = higher
     return sums / tl.where(total == 0.0, 1.0, total)[:, None]
 
@@ -56,7 +56,7 @@ def merged(  # type: ignore[no-untyped-def]  # Triton reads annotations its own 
 def merge_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, log2sum_ptr, out_ptr, merges_ptr, query_start_ptr,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program merges ROWS rows of one tile and KV head."""
     merges_ptr += tl.program_id(0) * 4
@@ -72,7 +72,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     real = (row < TOKENS * G) & (token < stop)
     result = merged(
         partial_ptr + kv_head * BLOCK_M * D, log2sum_ptr + kv_head * BLOCK_M,
-        first_slot, splits, row, real, HKV * BLOCK_M, D, WIDTH, ROWS, AT_ONCE,
+        first_slot, splits, row, real, HKV * BLOCK_M, D, WIDTH, ROWS, STAGES,
     )  # fmt: skip
     dim = tl.arange(0, WIDTH)
     at = (token.to(tl.int64) * HQ + kv_head * G + row % G) * D
@@ -100,7 +100,7 @@ def merge(out: Tensor, partial: Tensor, log2sum: Tensor, work: Work, query_start
     merge_kernel[work.merges.shape[0], kv_heads, triton.cdiv(rows, block)](
         partial, log2sum, out, work.merges, query_start,
         HQ=heads, HKV=kv_heads, D=dim, WIDTH=triton.next_power_of_2(dim), TOKENS=work.tokens,
-        BLOCK_M=block_m, ROWS=block, AT_ONCE=SPLITS_AT_ONCE // block, num_warps=2,
+        BLOCK_M=block_m, ROWS=block, STAGES=ROWS_ON_THEIR_WAY // block, num_warps=2,
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def build(heads: int, kv_heads: int, dim: int, tokens: int, block_m: int) -> Tri
     pointers = {"partial_ptr": "*fp32", "log2sum_ptr": "*fp32", "out_ptr": "*bf16"}
     constants = {
         "HQ": heads, "HKV": kv_heads, "D": dim, "WIDTH": int(triton.next_power_of_2(dim)), "TOKENS": tokens,
-        "BLOCK_M": block_m, "ROWS": rows_of(block_m), "AT_ONCE": SPLITS_AT_ONCE // rows_of(block_m),
+        "BLOCK_M": block_m, "ROWS": rows_of(block_m), "STAGES": ROWS_ON_THEIR_WAY // rows_of(block_m),
     }  # fmt: skip
     signature = {**pointers, "merges_ptr": "*i32", "query_start_ptr": "*i32"}
     return TritonBuild(f"merge {block_m}x{dim}", merge_kernel, signature, constants, tuple(signature), 2, 1)

@@ -5,8 +5,10 @@ the cached tokens that they may see, page by page through the block table; onlin
 (FlashAttention, arXiv 2205.14135), long sequences split (Flash-Decoding). The G heads are rows of one tile: keys and
 values are read once for all of them.
 
-    gather   each key's page is looked up, not each page once: a tile of pages, reshaped to tokens, stops Triton from
-             copying in the background
+    gather   each key's block is looked up, not each page's once: addresses of pages, reshaped to tokens, stop Triton
+             from copying in the background
+    ahead    blocks are looked up a round ahead: in its own round, the look-up is a load that another one waits for, and
+             Triton spends half of its stages, and copies of 4 bytes, on the table
     masks    a decode has one loop, masked where the sequence ends: cheap next to the bytes. More tokens have two, a
              mask-free one over what all of them see and a masked one over the rest
     offsets  32 bits, unless the cache needs 64
@@ -99,21 +101,18 @@ def _walk(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Online softmax over cached tokens `first` to `last`; those from `end` on are not there."""
     key, dim = tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    ahead = tl.load(table_ptr + (first + key) // P, mask=first + key < end, other=0)
     for begin in range(first, last, BLOCK_N):
         position = begin + key
         inside = position < end
-        if MASKED:
-            page = tl.load(table_ptr + position // P, mask=inside, other=0)
-        else:
-            page = tl.load(table_ptr + position // P)
-        if WIDE:
-            page = page.to(tl.int64)
-        at = (page * block_stride + position % P * place_stride)[:, None] + dim[None, :]
+        block = ahead.to(tl.int64) if WIDE else ahead
+        ahead = tl.load(table_ptr + (position + BLOCK_N) // P, mask=position + BLOCK_N < end, other=0)
+        at = (block * block_stride + position % P * place_stride)[:, None] + dim[None, :]
         k = _rows(keys_ptr + at, inside, dim, D, WIDTH, MASKED)
         v = _rows(values_ptr + at, inside, dim, D, WIDTH, MASKED)
         scores = _products(q, q_odd, k, FORMAT)  # [BLOCK_M, BLOCK_N]
         if PER_TOKEN:
-            scale_at = page * scale_block + position % P * scale_place
+            scale_at = block * scale_block + position % P * scale_place
             scores *= tl.load(k_scale_ptr + scale_at, mask=inside, other=0.0)[None, :]
             v_scale = tl.load(v_scale_ptr + scale_at, mask=inside, other=0.0)
         unit = scale  # of scores, in powers of two

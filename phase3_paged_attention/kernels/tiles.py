@@ -3,8 +3,7 @@
 What decides, read from the compiled code and never timed on the GPU of a user:
 
     no spills, and shared memory that the GPU has: 99 KB (sm_86, 89, 120), 163 (sm_80) or 227 (sm_90, 100)
-    16-byte copies in the background, two tiles ahead. A key's address comes from the block table, so its copy must wait
-    for another one: of `stages` Triton spends half on the table. 3 stages are one tile in flight, 5 are two
+    16-byte copies in the background: of `stages` tiles one is multiplied, the others are on their way
     a decode moves bytes: several blocks on an SM, tiles of 8 to 16 KB for each of K and V
     a prompt multiplies: 128 rows (64 where D = 256 fills the registers), one block of 8 warps on an SM
 """
@@ -38,50 +37,50 @@ class Tile:
 _TILES: dict[int, dict[str, dict[int, tuple[Tile, Tile]]]] = {
     16: {
         LARGE: {
-            64: (Tile(128, 4, 5, 3), Tile(128, 4, 5, 4)),
-            128: (Tile(64, 4, 5, 3), Tile(64, 4, 5, 4)),
-            256: (Tile(32, 4, 5, 3), Tile(32, 4, 5, 4)),
+            64: (Tile(128, 4, 3, 3), Tile(128, 4, 3, 4)),
+            128: (Tile(64, 4, 3, 3), Tile(64, 4, 3, 4)),
+            256: (Tile(32, 4, 3, 3), Tile(32, 4, 3, 4)),
         },
         MIDDLE: {
-            64: (Tile(64, 4, 5, 4), Tile(64, 4, 5, 4)),
-            128: (Tile(64, 4, 5, 2), Tile(64, 4, 5, 4)),
-            256: (Tile(32, 4, 5, 2), Tile(32, 4, 5, 3)),
+            64: (Tile(64, 4, 3, 4), Tile(64, 4, 3, 4)),
+            128: (Tile(64, 4, 3, 2), Tile(64, 4, 3, 4)),
+            256: (Tile(32, 4, 3, 2), Tile(32, 4, 3, 3)),
         },
         SMALL: {
-            64: (Tile(64, 4, 5, 2), Tile(64, 4, 5, 4)),
-            128: (Tile(32, 4, 5, 2), Tile(64, 4, 5, 2)),
-            256: (Tile(16, 4, 5, 2), Tile(32, 4, 5, 2)),
+            64: (Tile(64, 4, 3, 2), Tile(64, 4, 3, 4)),
+            128: (Tile(32, 4, 3, 2), Tile(64, 4, 3, 2)),
+            256: (Tile(16, 4, 3, 2), Tile(32, 4, 3, 2)),
         },
     },
     64: {
         LARGE: {
-            64: (Tile(64, 4, 5, 3), Tile(64, 4, 5, 3)),
-            128: (Tile(64, 4, 5, 2), Tile(32, 4, 5, 2)),
-            256: (Tile(32, 8, 5, 1), Tile(32, 8, 3, 1)),
+            64: (Tile(64, 4, 3, 3), Tile(64, 4, 3, 2)),
+            128: (Tile(64, 4, 3, 2), Tile(32, 4, 3, 2)),
+            256: (Tile(32, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
         MIDDLE: {
-            64: (Tile(64, 4, 5, 3), Tile(32, 4, 5, 4)),
-            128: (Tile(32, 4, 5, 3), Tile(32, 4, 5, 2)),
-            256: (Tile(32, 8, 5, 1), Tile(32, 8, 5, 1)),
+            64: (Tile(64, 4, 3, 3), Tile(32, 4, 3, 4)),
+            128: (Tile(32, 4, 3, 3), Tile(32, 4, 3, 2)),
+            256: (Tile(32, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
         SMALL: {
-            64: (Tile(64, 4, 5, 1), Tile(32, 4, 5, 2)),
-            128: (Tile(32, 4, 5, 1), Tile(32, 4, 5, 2)),
-            256: (Tile(16, 8, 5, 1), Tile(32, 8, 5, 1)),
+            64: (Tile(64, 4, 3, 1), Tile(32, 4, 3, 2)),
+            128: (Tile(32, 4, 3, 1), Tile(32, 4, 3, 2)),
+            256: (Tile(16, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
     },
     128: {
         LARGE: {
-            64: (Tile(64, 8, 5, 2), Tile(64, 8, 5, 1)),
-            128: (Tile(64, 8, 5, 1), Tile(64, 8, 5, 1)),
+            64: (Tile(64, 8, 3, 2), Tile(64, 8, 3, 1)),
+            128: (Tile(64, 8, 3, 1), Tile(64, 8, 3, 1)),
         },
         MIDDLE: {
-            64: (Tile(64, 8, 5, 1), Tile(64, 8, 5, 1)),
-            128: (Tile(64, 8, 5, 1), Tile(32, 8, 5, 1)),
+            64: (Tile(64, 8, 3, 1), Tile(64, 8, 3, 1)),
+            128: (Tile(64, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
         SMALL: {
-            64: (Tile(64, 8, 5, 1), Tile(64, 8, 5, 1)),
-            128: (Tile(64, 8, 5, 1), Tile(32, 8, 5, 1)),
+            64: (Tile(64, 8, 3, 1), Tile(64, 8, 3, 1)),
+            128: (Tile(64, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
     },
 }
@@ -105,7 +104,10 @@ def tile_of(capability: Capability | None, dim: int, block_m: int, stored: int =
     width = max(64, 1 << (dim - 1).bit_length())
     rows = 16 if block_m <= DECODE_ROWS else most_rows(dim) if block_m > 64 else 64
     tile = _TILES[rows][memory_of(capability)][width][stored == 1]
-    return replace(tile, blocks=min(tile.blocks, 2)) if 16 < block_m <= DECODE_ROWS else tile
+    if 16 < block_m <= DECODE_ROWS:  # warps share rows, so each number of FP8 is taken apart twice
+        most = 64 if stored == 1 else tile.block_n
+        return replace(tile, block_n=min(tile.block_n, most), blocks=min(tile.blocks, 2))
+    return tile
 
 
 def most_rows(dim: int, query: int = 2) -> int:

@@ -1,24 +1,41 @@
-"""Planned work: everything that somebody sees is read once, nobody waits for one long item, lists keep their length."""
+"""Planned work: everything that somebody sees is read once, nobody waits for one long item, lists keep their length.
+
+Under `IMPL`, tests run that hold for any planner; gates say how well it splits. `test_parts.py` has more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase3_paged_attention.work import LEAST_BLOCKS, plan_work
+from phase3_paged_attention.work import LEAST_BLOCKS
 from phase3_paged_attention.work_list import Work
 
-CPU = torch.device("cpu")
+Plan = Callable[..., Work]
+OPTIONS: dict[str, Any] = {
+    "group": 4, "kv_heads": 2, "window": None, "programs": 16, "block_n": 16, "tokens": 4,
+    "device": torch.device("cpu"),
+}  # fmt: skip
 
 
-def plan(queries: list[int], kv: list[int], **changes: Any) -> Work:
-    options: dict[str, Any] = {
-        "group": 4, "kv_heads": 2, "window": None, "programs": 16, "block_n": 16, "tokens": 4, "device": CPU,
-    }  # fmt: skip
-    return plan_work(queries, kv, **(options | changes))
+@pytest.fixture(scope="module")
+def plan(part) -> Plan:
+    """`plan_work` of the implementation under test, with options that a test need not repeat."""
+    plan_work = part("work").plan_work
+    return lambda queries, kv, **changes: plan_work(queries, kv, **(OPTIONS | changes))
+
+
+@pytest.fixture(scope="module")
+def plan_of_the_solution(plan, use) -> Plan:
+    """As `plan`, for tests of how the solution splits."""
+    if use.of("phase3_paged_attention") != "solution":
+        pytest.skip("another planner may split otherwise, or not at all")
+    return plan
 
 
 def rows(lists: torch.Tensor) -> list[tuple[int, ...]]:
@@ -40,8 +57,10 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[int], dict[str, Any]]:
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(steps())
-def test_every_key_that_a_tile_may_see_is_read_once(step: tuple[list[int], list[int], dict[str, Any]]) -> None:
+@given(step=steps())
+def test_every_key_that_a_tile_may_see_is_read_once(
+    plan: Plan, step: tuple[list[int], list[int], dict[str, Any]]
+) -> None:
     queries, kv, changes = step
     work = plan(queries, kv, **changes)
     tokens, window = changes["tokens"], changes["window"] or 10**9
@@ -64,16 +83,16 @@ def test_every_key_that_a_tile_may_see_is_read_once(step: tuple[list[int], list[
     assert {row[:2]: row[2:] for row in rows(work.merges)} == merges
     written = [slot for parts in read.values() for *_, slot, _ in parts if slot >= 0]
     assert sorted(written) == list(range(len(written))) and len(written) <= work.slots
-    assert work.counters.tolist() == [0] * (2 * len(work.merges))
+    assert len(work.counters) >= 2 * len(merges) and not work.counters.any()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(steps())
+@given(step=steps())
 def test_splits_have_one_length_and_no_more_of_them_than_the_programs_need(
-    step: tuple[list[int], list[int], dict[str, Any]],
+    plan_of_the_solution: Plan, step: tuple[list[int], list[int], dict[str, Any]]
 ) -> None:
     queries, kv, changes = step
-    work = plan(queries, kv, **changes)
+    work = plan_of_the_solution(queries, kv, **changes)
     items, share = rows(work.items), changes["programs"] // 2
     lengths = [end - begin for _, _, begin, end, _, _ in items]
     tiles = sum(-(-new // changes["tokens"]) for new in queries)
@@ -88,8 +107,8 @@ def test_splits_have_one_length_and_no_more_of_them_than_the_programs_need(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(steps())
-def test_captured_lists_keep_their_length(step: tuple[list[int], list[int], dict[str, Any]]) -> None:
+@given(step=steps())
+def test_captured_lists_keep_their_length(plan: Plan, step: tuple[list[int], list[int], dict[str, Any]]) -> None:
     queries, kv, changes = step
     capacity = changes["capacity"] = changes["capacity"] or 50
     tiles = sum(-(-new // changes["tokens"]) for new in queries)
@@ -102,34 +121,34 @@ def test_captured_lists_keep_their_length(step: tuple[list[int], list[int], dict
         assert other.slots == work.slots
 
 
-def test_a_batch_that_fills_the_programs_is_not_split() -> None:
-    work = plan([1] * 8, [4000] * 8, programs=16, tokens=1)
+def test_a_batch_that_fills_the_programs_is_not_split(plan_of_the_solution: Plan) -> None:
+    work = plan_of_the_solution([1] * 8, [4000] * 8, programs=16, tokens=1)
     assert rows(work.items) == [(b, 0, 0, 4000, -1, 1) for b in range(8)]
     assert len(work.merges) == work.slots == 0
 
 
-def test_one_long_sequence_is_dealt_out_to_all_programs() -> None:
-    work = plan([1], [4000], programs=16, tokens=1)
+def test_one_long_sequence_is_dealt_out_to_all_programs(plan_of_the_solution: Plan) -> None:
+    work = plan_of_the_solution([1], [4000], programs=16, tokens=1)
     assert [end - begin for _, _, begin, end, _, _ in rows(work.items)] == [512] * 7 + [416]  # 8 for each of 2 heads
 
 
-def test_one_long_sequence_among_many_short_ones_is_split_too() -> None:
-    work = plan([1] * 60, [32000] + [100] * 59, programs=16, tokens=1)
+def test_one_long_sequence_among_many_short_ones_is_split_too(plan_of_the_solution: Plan) -> None:
+    work = plan_of_the_solution([1] * 60, [32000] + [100] * 59, programs=16, tokens=1)
     assert len(rows(work.merges)) == 1
     assert max(end - begin for _, _, begin, end, _, _ in rows(work.items)) < 32000 / 6
 
 
-def test_short_sequences_are_not_worth_a_merge() -> None:
-    assert len(plan([1], [64], programs=300, tokens=1).merges) == 0
+def test_short_sequences_are_not_worth_a_merge(plan_of_the_solution: Plan) -> None:
+    assert len(plan_of_the_solution([1], [64], programs=300, tokens=1).merges) == 0
 
 
-def test_a_window_leaves_out_what_nobody_sees() -> None:
+def test_a_window_leaves_out_what_nobody_sees(plan: Plan) -> None:
     work = plan([1, 6], [5000, 100], window=50, tokens=4, programs=2)
     expected = [(0, 0, 4950, 5000, -1, 1), (1, 0, 45, 98, -1, 1), (1, 4, 49, 100, -1, 1)]
     assert sorted(rows(work.items)) == expected
 
 
-def test_sequences_keep_their_numbers_in_the_batch() -> None:
+def test_sequences_keep_their_numbers_in_the_batch(plan: Plan) -> None:
     work = plan([1, 1], [3000, 5], sequences=[7, 2], tokens=1)
     assert {row[0] for row in rows(work.items)} == {7, 2}
-    assert {row[0] for row in rows(work.merges)} == {7}
+    assert {row[0] for row in rows(work.merges)} <= {7}
