@@ -44,7 +44,7 @@ def lazily(module: str, function: str) -> Case:
     """A case of another module, which is imported when the case runs."""
 
     def case(options: Options) -> tuple[Figure, ...]:
-        found: Case = getattr(importlib.import_module(f"{ROOM}.{module}"), function)
+        found: Case = getattr(importlib.import_module(f"{ROOM}.measures.{module}"), function)
         return found(options)
 
     return case
@@ -54,7 +54,7 @@ def on_device(module: str, function: str) -> Case:
     """A check, which is told the device and whether the run is dry."""
 
     def case(options: Options) -> tuple[Figure, ...]:
-        check: Any = getattr(importlib.import_module(f"{ROOM}.{module}"), function)
+        check: Any = getattr(importlib.import_module(f"{ROOM}.measures.{module}"), function)
         figures: tuple[Figure, ...] = check(options.device, dry=options.dry)
         return figures
 

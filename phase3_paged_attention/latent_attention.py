@@ -22,7 +22,7 @@ from phase0_prototype.prefill_attention import causal_mask
 from phase1_memory.attention import Sequence, tokens_of
 from phase2_rope.deepseek import LatentSpec
 from phase2_rope.expanded import expanded
-from phase2_rope.mla import into_latents, into_values, absorbing_is_less
+from phase2_rope.mla import absorbing_is_less, into_latents, into_values
 from phase3_paged_attention.attention import LEAST_TABLE, why_not_triton
 from phase3_paged_attention.kernels.paged import Tables
 from phase3_paged_attention.latent_format import PackedLatents

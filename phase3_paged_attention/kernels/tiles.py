@@ -39,7 +39,7 @@ _TILES: dict[int, dict[str, dict[int, tuple[Tile, Tile]]]] = {
         LARGE: {
             64: (Tile(128, 4, 3, 3), Tile(128, 4, 3, 4)),
             128: (Tile(64, 4, 3, 3), Tile(64, 4, 3, 4)),
-            256: (Tile(32, 4, 3, 3), Tile(32, 4, 3, 4)),
+            256: (Tile(32, 4, 3, 3), Tile(32, 4, 3, 3)),
         },
         MIDDLE: {
             64: (Tile(64, 4, 3, 4), Tile(64, 4, 3, 4)),
@@ -56,11 +56,11 @@ _TILES: dict[int, dict[str, dict[int, tuple[Tile, Tile]]]] = {
         LARGE: {
             64: (Tile(64, 4, 3, 3), Tile(64, 4, 3, 2)),
             128: (Tile(64, 4, 3, 2), Tile(32, 4, 3, 2)),
-            256: (Tile(32, 8, 3, 1), Tile(32, 8, 3, 1)),
+            256: (Tile(32, 8, 3, 1), Tile(16, 8, 3, 1)),
         },
         MIDDLE: {
-            64: (Tile(64, 4, 3, 3), Tile(32, 4, 3, 4)),
-            128: (Tile(32, 4, 3, 3), Tile(32, 4, 3, 2)),
+            64: (Tile(64, 4, 3, 3), Tile(32, 4, 3, 2)),
+            128: (Tile(32, 4, 3, 2), Tile(32, 4, 3, 2)),
             256: (Tile(32, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
         SMALL: {
@@ -106,7 +106,7 @@ def tile_of(capability: Capability | None, dim: int, block_m: int, stored: int =
     tile = _TILES[rows][memory_of(capability)][width][stored == 1]
     if 16 < block_m <= DECODE_ROWS:  # warps share rows, so each number of FP8 is taken apart twice
         most = 64 if stored == 1 else tile.block_n
-        return replace(tile, block_n=min(tile.block_n, most), blocks=min(tile.blocks, 2))
+        return replace(tile, block_n=min(tile.block_n, most), blocks=min(tile.blocks, 1 if dim > 128 else 2))
     return tile
 
 

@@ -54,9 +54,9 @@ from phase0_prototype.checkpoint import write_checkpoint
 from phase0_prototype.cpu_memory import keep_freed_memory
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.workloads import random_prompts
-from phase3_paged_attention import cpu_cases, ladder_cases
 from phase3_paged_attention.kernels import costs
 from phase3_paged_attention.llm import LLM
+from phase3_paged_attention.measures import cpu_cases, ladder_cases
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = plots.COLOURS
 plt.rcParams.update({"figure.dpi": 100, "axes.axisbelow": True})
@@ -346,7 +346,7 @@ table(pd.DataFrame(rows).T, {**dict.fromkeys(rows[points[0].label], "{:.1f}"), *
 TRACED = """
 import json
 import torch
-from phase3_paged_attention import ladder_cases
+from phase3_paged_attention.measures import ladder_cases
 from phase3_paged_attention.kernels import decode_ladder
 from phase3_paged_attention.kernels.trace import Trace
 
@@ -393,7 +393,7 @@ if TRITON:
     with ThreadPoolExecutor(2) as pool:
         interpreting = pool.submit(ask, "-c", TRACED, interpret=True)
         compiling = pool.submit(
-            ask, "-m", "phase3_paged_attention.ladder_cases", "static", "sm_90", "--dry", interpret=False
+            ask, "-m", "phase3_paged_attention.measures.ladder_cases", "static", "sm_90", "--dry", interpret=False
         )
     counted, compiled = interpreting.result(), compiling.result()
 else:
@@ -447,7 +447,7 @@ if counted is not None:
 # The model is exact, so it may say what nobody wants to interpret: 64 sequences of 8,192 tokens of an 8B model.
 
 # %%
-from phase3_paged_attention.ladder_cases import LARGE
+from phase3_paged_attention.measures.ladder_cases import LARGE
 
 asked = {name: costs.total(found(LARGE)) for name, found in (("unfused", costs.unfused), ("SDPA", costs.gathered_sdpa))}
 over = {"PyTorch, written out": asked["unfused"], "PyTorch, gather + SDPA": asked["SDPA"]}
@@ -501,7 +501,7 @@ if compiled is not None:
 
 # %%
 H200, SMS = 4.3e12, 132
-from phase3_paged_attention.ladder_cases import FEW_LONG
+from phase3_paged_attention.measures.ladder_cases import FEW_LONG
 
 PROGRAMS, BLOCK_N = 264, 64  # two on an SM; tokens of a tile
 
@@ -551,7 +551,7 @@ print(
 # before and after? What is the least that is possible?
 
 # %%
-from phase3_paged_attention.attention_inputs import zipf_lengths
+from phase3_paged_attention.measures.attention_inputs import zipf_lengths
 
 KV_HEADS, GROUP, DIM = 8, 4, 128
 LANES = PROGRAMS // KV_HEADS
@@ -660,9 +660,9 @@ table(pd.DataFrame(spent, index=[f"{n} sequences, µs" for n in counts]), dict.f
 
 # %%
 if GPU:
-    from phase3_paged_attention.attention_inputs import decode
-    from phase3_paged_attention.attention_timing import OURS, OURS_ALONE, Bench, timed
-    from phase3_paged_attention.gpu_cases import rungs
+    from phase3_paged_attention.measures.attention_inputs import decode
+    from phase3_paged_attention.measures.attention_timing import OURS, OURS_ALONE, Bench, timed
+    from phase3_paged_attention.measures.gpu_cases import rungs
 
     for what, step in (("64 x 8k", LARGE), ("1 x 128k", FEW_LONG)):
         same = decode(step.batch, step.lengths[0], (step.heads, step.kv_heads, step.dim))
@@ -693,6 +693,6 @@ print(f"CPU, ragged batch: reads {step.value:.2f} x what it needs")
 load = busiest(planned(MINE, RAGGED)) * LANES / sum(RAGGED)
 print(f"plan of the ragged batch: the busiest program has {load:.2f} x its share")
 if TRITON:
-    asked = ask("-m", "phase3_paged_attention.kernel_gates", "paged", f"phase3={MINE}", interpret=True)
+    asked = ask("-m", "phase3_paged_attention.measures.kernel_gates", "paged", f"phase3={MINE}", interpret=True)
     print(f"kernel: K and V {asked['decode']:.2f} x in a decode, {asked['prompt']:.2f} x in a prompt,", end=" ")
     print(f"error {asked['error']:.2f} of what is allowed ({asked['step']})")

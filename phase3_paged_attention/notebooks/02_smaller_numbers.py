@@ -46,11 +46,11 @@ from module0_profiling.roofline import Roof
 from phase0_prototype.quality import read_held_out
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.workloads import TINY
-from phase3_paged_attention.interpreted import in_process
 from phase3_paged_attention.kv_format import FORMATS, dequantise
 from phase3_paged_attention.latent_format import PackedLatents
 from phase3_paged_attention.layers import QuantisedAttention
 from phase3_paged_attention.llm import LLM
+from phase3_paged_attention.measures.interpreted import in_process
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = plots.COLOURS
 plt.rcParams.update({"figure.dpi": 100, "axes.axisbelow": True})
@@ -459,8 +459,8 @@ else:
 
 # %%
 if torch.cuda.is_available():
-    from phase3_paged_attention.attention_inputs import decode
-    from phase3_paged_attention.attention_timing import OURS, OURS_ALONE, Bench, timed
+    from phase3_paged_attention.measures.attention_inputs import decode
+    from phase3_paged_attention.measures.attention_timing import OURS, OURS_ALONE, Bench, timed
 
     rows = {}
     for kind in ("auto", E4M3.name, PER_TOKEN.name, E5M2.name):

@@ -1,4 +1,4 @@
-"""What the tests of phase 3 share. `IMPL=mine|framework|solution pytest phase3_paged_attention` says whose parts run."""
+"""What tests of phase 3 share. `IMPL=mine|framework|solution pytest phase3_paged_attention` says whose parts run."""
 
 from __future__ import annotations
 

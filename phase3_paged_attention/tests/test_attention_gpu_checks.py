@@ -16,17 +16,17 @@ import torch
 
 from module0_profiling import rooms
 from module0_profiling.bench_gpu import CheckFailed
-from phase3_paged_attention import (
+from phase3_paged_attention import benchmark
+from phase3_paged_attention.kernels import reference
+from phase3_paged_attention.measures import (
     attention_errors,
     attention_peers,
-    benchmark,
     gpu_checks,
     mla_peers,
     torch_peers,
     vllm_peer,
 )
-from phase3_paged_attention.attention_inputs import decode, extend, make
-from phase3_paged_attention.kernels import reference
+from phase3_paged_attention.measures.attention_inputs import decode, extend, make
 from phase3_paged_attention.work_list import Work
 
 needs_triton = pytest.mark.skipif(
@@ -35,7 +35,7 @@ needs_triton = pytest.mark.skipif(
 SMALL = {"dtype": torch.float32}
 HEADS = (4, 2, 16)
 DRY_RUN = """
-from phase3_paged_attention import gpu_cases, gpu_checks, mla_gpu_cases, tune_cases
+from phase3_paged_attention.measures import gpu_cases, gpu_checks, mla_gpu_cases, tune_cases
 from module0_profiling.bench import Options
 from pathlib import Path
 from rich.console import Console
@@ -218,7 +218,7 @@ def test_the_benchmark_describes_every_case_and_finds_it():
     for case in benchmark.CASES.values():
         where = dict(zip(case.__code__.co_freevars, (c.cell_contents for c in case.__closure__ or ()), strict=True))
         if where:
-            module = importlib.import_module(f"{benchmark.ROOM}.{where['module']}")
+            module = importlib.import_module(f"{benchmark.ROOM}.measures.{where['module']}")
             assert callable(getattr(module, where["function"]))
 
 

@@ -7,11 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phase3_paged_attention import attention_errors, mla_inputs
-from phase3_paged_attention.attention_inputs import Case, decode, extend, make, more, pairs, tree_bits, zipf_lengths
 from phase3_paged_attention.kernels import reference
 from phase3_paged_attention.kv_format import FORMATS, dequantise
-from phase3_paged_attention.mla_inputs import LatentCase
+from phase3_paged_attention.measures import attention_errors, mla_inputs
+from phase3_paged_attention.measures.attention_inputs import (
+    Case,
+    decode,
+    extend,
+    make,
+    more,
+    pairs,
+    tree_bits,
+    zipf_lengths,
+)
+from phase3_paged_attention.measures.mla_inputs import LatentCase
 
 RAGGED = Case((1, 33, 16), (1, 5, 16), 4, 2, 16, 16, torch.float32)
 

@@ -15,10 +15,11 @@ from phase0_prototype.errors import UserError
 from phase0_prototype.quality import read_held_out
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import random_prompt, with_files
-from phase3_paged_attention import calibrate, kv_quality
+from phase3_paged_attention import calibrate
 from phase3_paged_attention.kv_format import FORMATS
 from phase3_paged_attention.kv_scales import FILE, KVScales, settle_scales, write_scales
 from phase3_paged_attention.layers import QuantisedAttention
+from phase3_paged_attention.measures import kv_quality
 
 NAMES = ("fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 PROMPTS = [random_prompt(length, seed=3) for length in (19, 1, 30, 8)]

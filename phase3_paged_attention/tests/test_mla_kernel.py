@@ -197,7 +197,7 @@ def test_hopper_multiplies_from_shared_memory_with_two_tiles_there_beside_the_on
 
 @compiles
 def test_the_case_has_the_build_and_the_ridge(reports) -> None:
-    from phase3_paged_attention.mla_kernel_cases import arithmetic, figures_of
+    from phase3_paged_attention.measures.mla_kernel_cases import arithmetic, figures_of
 
     found = {figure.name: figure.value for figure in (*arithmetic(), *figures_of("sm_90", dry=True))}
     assert (found["bf16/bytes a token"], found["FP8/bytes a token"]) == (1152, 656)

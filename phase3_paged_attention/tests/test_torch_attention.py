@@ -16,8 +16,8 @@ from phase0_prototype.attention import AttentionSpec
 from phase0_prototype.batch import Batch, ScheduledRequest, Step
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
-from phase3_paged_attention import cpu_cases
 from phase3_paged_attention.decode_groups import GROUP_TOKENS, PIECE_TOKENS, SPARE_TOKENS, cut, group_decodes
+from phase3_paged_attention.measures import cpu_cases
 
 CPU = torch.device("cpu")
 D = 16

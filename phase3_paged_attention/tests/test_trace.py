@@ -40,7 +40,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from copy_kernels import copy_kernel
 from triton.runtime.interpreter import interpreter_builder
-from phase3_paged_attention import ladder_cases
+from phase3_paged_attention.measures import ladder_cases
 from phase3_paged_attention.kernels import costs, decode_ladder
 from phase3_paged_attention.kernels.costs import Decode
 from phase3_paged_attention.kernels.trace import Trace

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from module0_profiling.course.parts import Use, resolve
-from phase3_paged_attention.attention_errors import judge
-from phase3_paged_attention.attention_inputs import pages, pairs, poison, tree_bits
-from phase3_paged_attention.attention_steps import ROOM, SOLUTION, Prepared
-from phase3_paged_attention.attention_timing import Workload
 from phase3_paged_attention.kernels.reference import visible_keys
 from phase3_paged_attention.latent_format import PackedLatents
+from phase3_paged_attention.measures.attention_errors import judge
+from phase3_paged_attention.measures.attention_inputs import pages, pairs, poison, tree_bits
+from phase3_paged_attention.measures.attention_steps import ROOM, SOLUTION, Prepared
+from phase3_paged_attention.measures.attention_timing import Workload
 
 ROUNDINGS = 2  # to q's type, of the weights and of the result
 STEPS = 256  # roundings to float32 that may add up: a score is a sum of 576 products

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from module0_profiling.bench_gpu import CheckFailed
 from module0_profiling.results import Figure
-from phase3_paged_attention import attention_errors, mla_inputs
-from phase3_paged_attention.attention_inputs import Case, Inputs, decode, make
-from phase3_paged_attention.attention_steps import into, ours, rung
-from phase3_paged_attention.mla_inputs import LatentCase
+from phase3_paged_attention.measures import attention_errors, mla_inputs
+from phase3_paged_attention.measures.attention_inputs import Case, Inputs, decode, make
+from phase3_paged_attention.measures.attention_steps import into, ours, rung
+from phase3_paged_attention.measures.mla_inputs import LatentCase
 
 TIMES = 3  # each launch: counters of work must be zero again
 MANY = 64  # programs that short work is split for
@@ -93,8 +93,8 @@ def attention(device: str, *, dry: bool = False) -> tuple[Figure, ...]:
 
 def kernels(device: str, *, dry: bool = False) -> tuple[Figure, ...]:
     """The rungs of the decode ladder, attention to latents, and the write that quantises; see `attention`."""
-    from phase3_paged_attention import write_checks
     from phase3_paged_attention.kernels import decode_ladder
+    from phase3_paged_attention.measures import write_checks
 
     rungs = DRY_RUNG_CASES if dry else RUNG_CASES
     times = 1 if dry else TIMES

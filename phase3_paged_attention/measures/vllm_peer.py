@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from module0_profiling import rooms
-from phase3_paged_attention.attention_inputs import KV, Case, Inputs
-from phase3_paged_attention.attention_steps import Launch, Prepared
+from phase3_paged_attention.measures.attention_inputs import KV, Case, Inputs
+from phase3_paged_attention.measures.attention_steps import Launch, Prepared
 
 SOURCE = rooms.ROOT / "build" / "peers" / "vllm" / "triton_unified_attention.py"
 MISSING = f"vllm is not installed, and {SOURCE.relative_to(rooms.ROOT)} is not there"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase3_paged_attention.attention_inputs import KV, Case, Inputs
-from phase3_paged_attention.attention_steps import Launch, Prepared
+from phase3_paged_attention.measures.attention_inputs import KV, Case, Inputs
+from phase3_paged_attention.measures.attention_steps import Launch, Prepared
 
 VARLEN_PAGES = 256  # flash-attention 2, which varlen_attn calls, reads pages of a multiple of this
 

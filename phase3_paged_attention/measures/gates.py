@@ -13,12 +13,12 @@ from typing import Any
 from module0_profiling.course import parts
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
-from phase3_paged_attention.interpreted import ROOM, in_process
+from phase3_paged_attention.measures.interpreted import ROOM, in_process
 
 QUALITY_CHARACTERS = 2000  # of held-out text
 QUALITY_FORMATS = ("fp8_e4m3", "fp8_per_token_head")
 KERNELS, WRITES, COMPILED, ENGINE = (
-    f"{ROOM}.{name}" for name in ("kernel_gates", "write_gates", "launched", "engine_gates")
+    f"{ROOM}.measures.{name}" for name in ("kernel_gates", "write_gates", "launched", "engine_gates")
 )
 
 
@@ -75,7 +75,7 @@ def write_bytes(use: Use) -> Measured:
 def quality_loss(use: Use) -> Measured:
     """Percent of perplexity that an FP8 cache costs titan-tiny on text that it never saw; the worse format."""
     from phase0_prototype.quality import read_held_out
-    from phase3_paged_attention.kv_quality import losses, worse_by
+    from phase3_paged_attention.measures.kv_quality import losses, worse_by
 
     longest = max(read_held_out(), key=lambda document: len(document.text))
     document = replace(longest, text=longest.text[:QUALITY_CHARACTERS])

@@ -18,10 +18,10 @@ import torch
 
 from module0_profiling.results import Figure
 from module0_profiling.timing import Clock, Timing, clock_for, graph_clock, interleave, ratio
-from phase3_paged_attention.attention_errors import check
-from phase3_paged_attention.attention_inputs import make, more
-from phase3_paged_attention.attention_peers import FLASHINFER, Peer, first_line
-from phase3_paged_attention.attention_steps import Launch, Prepared, in_turns, ours, plan_seconds
+from phase3_paged_attention.measures.attention_errors import check
+from phase3_paged_attention.measures.attention_inputs import make, more
+from phase3_paged_attention.measures.attention_peers import FLASHINFER, Peer, first_line
+from phase3_paged_attention.measures.attention_steps import Launch, Prepared, in_turns, ours, plan_seconds
 
 CACHES = 3  # inputs together are this many times the L2 cache, if ten of them can be
 FEW, CALLS, MANY = 3, 10, 100  # calls of a replayed graph

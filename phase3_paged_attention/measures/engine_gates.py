@@ -10,8 +10,8 @@ import torch
 from module0_profiling.course.parts import Use
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.workloads import TINY
-from phase3_paged_attention.interpreted import answer
 from phase3_paged_attention.llm import LLM
+from phase3_paged_attention.measures.interpreted import answer
 
 PROMPTS = ["def add(a,", "x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase3_paged_attention import torch_peers, vllm_peer
-from phase3_paged_attention.attention_inputs import KV, Case, Inputs
-from phase3_paged_attention.attention_steps import Launch, Prepared
 from phase3_paged_attention.kv_format import FORMATS
+from phase3_paged_attention.measures import torch_peers, vllm_peer
+from phase3_paged_attention.measures.attention_inputs import KV, Case, Inputs
+from phase3_paged_attention.measures.attention_steps import Launch, Prepared
 
 NO_GPU = "needs an NVIDIA GPU"
 WORKSPACE = 128 << 20  # bytes, as FlashInfer's documentation advises

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from module0_profiling.bench import Options
 from module0_profiling.results import Figure
-from phase3_paged_attention.attention_inputs import Case, decode, extend
-from phase3_paged_attention.attention_steps import ours
-from phase3_paged_attention.attention_timing import NOTHING, OURS_ALONE, Prepare, timed
-from phase3_paged_attention.gpu_cases import DRY, DRY_HEADS, LONG, bench_of
+from phase3_paged_attention.measures.attention_inputs import Case, decode, extend
+from phase3_paged_attention.measures.attention_steps import ours
+from phase3_paged_attention.measures.attention_timing import NOTHING, OURS_ALONE, Prepare, timed
+from phase3_paged_attention.measures.gpu_cases import DRY, DRY_HEADS, LONG, bench_of
 
 # (block_n, warps, stages, blocks). Of `stages` Triton spends half on the block table. Work is split for so many
 # `blocks` on an SM; how many fit is up to the build.

@@ -9,12 +9,12 @@ from functools import partial
 
 from module0_profiling.course.parts import Use
 from module0_profiling.timing import ratio
-from phase3_paged_attention.attention_figures import Rates, geometric_mean
-from phase3_paged_attention.attention_inputs import decode, extend
-from phase3_paged_attention.attention_peers import FLASHINFER
-from phase3_paged_attention.attention_steps import ours
-from phase3_paged_attention.attention_timing import OURS, Bench, Prepare, race, ready, timed
-from phase3_paged_attention.gpu_cases import LONG, TORCH, peers_of
+from phase3_paged_attention.measures.attention_figures import Rates, geometric_mean
+from phase3_paged_attention.measures.attention_inputs import decode, extend
+from phase3_paged_attention.measures.attention_peers import FLASHINFER
+from phase3_paged_attention.measures.attention_steps import ours
+from phase3_paged_attention.measures.attention_timing import OURS, Bench, Prepare, race, ready, timed
+from phase3_paged_attention.measures.gpu_cases import LONG, TORCH, peers_of
 
 PAGED_TORCH = "gather + "  # begins the names of PyTorch's ways to read pages
 GRID = ((64, LONG), (8, LONG), (1, LONG), (64, 2048), (8, 2048), (1, 2048))

@@ -10,11 +10,11 @@ import torch
 from module0_profiling.bench import Options
 from module0_profiling.course.parts import Use
 from module0_profiling.results import Figure
-from phase3_paged_attention.attention_figures import Rates, figures_of, geometric_mean
-from phase3_paged_attention.attention_timing import OURS, Bench, Prepare, Timed, timed
-from phase3_paged_attention.gpu_cases import LONG, bench_of
-from phase3_paged_attention.mla_inputs import WORKLOAD, LatentCase, decode, ours
-from phase3_paged_attention.mla_peers import PEERS
+from phase3_paged_attention.measures.attention_figures import Rates, figures_of, geometric_mean
+from phase3_paged_attention.measures.attention_timing import OURS, Bench, Prepare, Timed, timed
+from phase3_paged_attention.measures.gpu_cases import LONG, bench_of
+from phase3_paged_attention.measures.mla_inputs import WORKLOAD, LatentCase, decode, ours
+from phase3_paged_attention.measures.mla_peers import PEERS
 
 HEADS = (16, 128, 32, 64)
 SMALL = ((1, LONG), (8, LONG), (64, 2048), (1, 32768))

@@ -16,10 +16,10 @@ from torch import Tensor
 from module0_profiling.course.parts import Use, resolve
 from module0_profiling.timing import rotated
 from phase3_paged_attention.attention import TritonAttention
-from phase3_paged_attention.attention_inputs import KV, Inputs
+from phase3_paged_attention.measures.attention_inputs import KV, Inputs
 from phase3_paged_attention.work_list import Work
 
-ROOM = __name__.rpartition(".")[0]
+ROOM = __name__.partition(".")[0]
 SOLUTION = Use(((ROOM, "solution"),))
 Launch = Callable[[], Tensor]
 

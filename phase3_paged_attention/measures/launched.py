@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from module0_profiling.course.parts import Use, resolve
 from module0_profiling.triton_compile import DIVISIBILITY, TritonBuild, compile_triton
 from phase0_prototype.attention import AttentionSpec
-from phase3_paged_attention.interpreted import ROOM, answer
+from phase3_paged_attention.measures.interpreted import ROOM, answer
 from phase3_paged_attention.work_list import Work
 
 SMS = 132

@@ -13,7 +13,7 @@ from module0_profiling import rooms
 from module0_profiling.course.errors import CourseError, blame
 from module0_profiling.course.parts import Use, framework_of, package_of, workspace_of
 
-ROOM = __name__.rpartition(".")[0]
+ROOM = __name__.partition(".")[0]
 SECONDS = 300
 
 

@@ -10,7 +10,7 @@ import torch
 
 from module0_profiling.results import Figure
 from module0_profiling.timing import clock_for
-from phase3_paged_attention.attention_timing import OURS, Timed
+from phase3_paged_attention.measures.attention_timing import OURS, Timed
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from module0_profiling.course.parts import Use, resolve
 from phase2_rope.kernels import counts
-from phase3_paged_attention.interpreted import ROOM, answer
 from phase3_paged_attention.kernels.trace import Trace
 from phase3_paged_attention.kv_format import E4M3, FORMATS, KVFormat
-from phase3_paged_attention.write_checks import HALF_STEP, SMALLEST
+from phase3_paged_attention.measures.interpreted import ROOM, answer
+from phase3_paged_attention.measures.write_checks import HALF_STEP, SMALLEST
 
 PER_TOKEN = FORMATS["fp8_per_token_head"]
 CASES = (

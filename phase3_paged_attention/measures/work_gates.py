@@ -13,10 +13,10 @@ import torch
 
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use, resolve
-from phase3_paged_attention.attention_inputs import zipf_lengths
+from phase3_paged_attention.measures.attention_inputs import zipf_lengths
 from phase3_paged_attention.work_list import Work
 
-ROOM = __name__.rpartition(".")[0]
+ROOM = __name__.partition(".")[0]
 PROGRAMS, KV_HEADS, BLOCK_N = 132 * 3, 8, 64
 STEPS = {
     "32 sequences of 32,768 / rank tokens": zipf_lengths(32, 32768),

@@ -10,11 +10,11 @@ import torch
 from module0_profiling.bench import Options
 from module0_profiling.results import Figure
 from module0_profiling.timing import ratio
-from phase3_paged_attention.attention_figures import Rates, figures_of, geometric_mean, plan_figures
-from phase3_paged_attention.attention_inputs import Case, decode, extend, zipf_lengths
-from phase3_paged_attention.attention_peers import FLASHINFER, PEERS, Peer
-from phase3_paged_attention.attention_steps import rung
-from phase3_paged_attention.attention_timing import (
+from phase3_paged_attention.measures.attention_figures import Rates, figures_of, geometric_mean, plan_figures
+from phase3_paged_attention.measures.attention_inputs import Case, decode, extend, zipf_lengths
+from phase3_paged_attention.measures.attention_peers import FLASHINFER, PEERS, Peer
+from phase3_paged_attention.measures.attention_steps import rung
+from phase3_paged_attention.measures.attention_timing import (
     OURS,
     OURS_ALONE,
     Bench,
@@ -23,7 +23,7 @@ from phase3_paged_attention.attention_timing import (
     ready,
     timed,
 )
-from phase3_paged_attention.torch_peers import VARLEN_PAGES
+from phase3_paged_attention.measures.torch_peers import VARLEN_PAGES
 
 SHAPES = ((32, 8, 128), (32, 8, 64), (64, 8, 128))  # Hq, Hkv, D
 BATCHES, LENGTHS = (64, 8, 1, 256), (8192, 2048, 512, 32768)

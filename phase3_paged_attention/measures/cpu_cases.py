@@ -31,7 +31,7 @@ from phase0_prototype.cpu_memory import keep_freed_memory
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 
-ROOM = __name__.rpartition(".")[0]
+ROOM = __name__.partition(".")[0]
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 4, 64, 16  # TinyLlama-1.1B
 SHAPES = ((1, 128), (1, 1024), (1, 4096), (8, 128), (8, 1024), (8, 4096), (32, 128), (32, 1024), (32, 4096))
 LAYERS, COLD = 22, 64 << 20  # as many layers as the model has, or as hold so many bytes of keys and values

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from module0_profiling.course.parts import Use, resolve
-from phase3_paged_attention import attention_errors, mla_inputs
 from phase3_paged_attention.attention import KernelPlan, TritonAttention
-from phase3_paged_attention.attention_inputs import Case, Inputs, extend, make
-from phase3_paged_attention.attention_steps import SOLUTION
-from phase3_paged_attention.interpreted import ROOM, answer
 from phase3_paged_attention.kernels import costs
 from phase3_paged_attention.kernels.trace import Trace
-from phase3_paged_attention.mla_inputs import LatentCase
+from phase3_paged_attention.measures import attention_errors, mla_inputs
+from phase3_paged_attention.measures.attention_inputs import Case, Inputs, extend, make
+from phase3_paged_attention.measures.attention_steps import SOLUTION
+from phase3_paged_attention.measures.interpreted import ROOM, answer
+from phase3_paged_attention.measures.mla_inputs import LatentCase
 
 CPU = torch.device("cpu")
 HALF: dict[str, Any] = {"dtype": torch.float16}

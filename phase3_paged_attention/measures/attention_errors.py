@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from module0_profiling.bench_gpu import CheckFailed
-from phase3_paged_attention.attention_inputs import NAN_BYTE, Inputs
 from phase3_paged_attention.kernels import reference
+from phase3_paged_attention.measures.attention_inputs import NAN_BYTE, Inputs
 
 TINY = torch.finfo(torch.float32).tiny
 PEER_TOLERANCE = 0.05  # of the largest result: peers round in other places

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from phase3_paged_attention.attention_peers import WORKSPACE as BYTES
-from phase3_paged_attention.attention_peers import Peer, fa3_why_not, flashinfer_why_not
-from phase3_paged_attention.attention_steps import Launch, Prepared
-from phase3_paged_attention.mla_inputs import LatentCase, LatentInputs
-from phase3_paged_attention.torch_peers import no_reason
+from phase3_paged_attention.measures.attention_peers import WORKSPACE as BYTES
+from phase3_paged_attention.measures.attention_peers import Peer, fa3_why_not, flashinfer_why_not
+from phase3_paged_attention.measures.attention_steps import Launch, Prepared
+from phase3_paged_attention.measures.mla_inputs import LatentCase, LatentInputs
+from phase3_paged_attention.measures.torch_peers import no_reason
 
 LARGEST = 448.0  # of e4m3
 PIECE = 1024  # blocks that are quantised at once
