@@ -7,17 +7,16 @@
     latent_tiles    the same of the tiles of the kernel for latents, bytes and FLOPs of a cached token (no GPU)
     static          registers, spills, shared memory and occupancy of all kernels, six architectures (no GPU)
     decode          a decode step of the 1.1B shape beside phase 2, whose attention gathers the pages
-    decode_gpu      64 sequences of 8,192 tokens, and other batches, lengths and heads, beside FlashInfer and vLLM
-    decode_kinds_gpu
-                    the same decode beside PyTorch, by rungs of the ladder, in FP8, with other pages, ragged
-    prefill_gpu     prompts of 1k to 32k tokens, and a chunk of 512, beside FlashInfer, SDPA and vLLM
-    mla_gpu         latents by heads, batch and format, beside FlashInfer
-    tree_gpu        64 nodes of a tree beside 64 causal tokens and FlashInfer's masks
+    paged_decode    64 sequences of 8,192 tokens, and other batches, lengths and heads, beside FlashInfer and vLLM
+    paged_kinds     the same decode beside PyTorch, by rungs of the ladder, in FP8, with other pages, ragged
+    paged_prefill   prompts of 1k to 32k tokens, and a chunk of 512, beside FlashInfer, SDPA and vLLM
+    latent_decode   latents by heads, batch and format, beside FlashInfer
+    paged_tree      64 nodes of a tree beside 64 causal tokens and FlashInfer's masks
     tune            tiles of the paged kernel: the best on this GPU
     check_attention, check_kernels, check_engine
-                    what must be right on a GPU before it is timed (need a GPU, as all cases that end in gpu, and tune)
+                    what must be right on a GPU before it is timed
 
-Every case times its subjects in turns (A B A B), several rounds, in one process, and writes
+Those from paged_decode on need a GPU. Every case times its subjects in turns (A B A B), several rounds, in one process, and writes
 reports/results/phase3/<case>.json. The ratios are medians of ratios within a round. `--dry-run` goes through the GPU
 cases with tiny sizes on the CPU.
 """
@@ -104,11 +103,11 @@ CASES: dict[str, Case] = {
     "latent_tiles": lazily("mla_kernel_cases", "latent_tiles"),
     "static": lazily("static_cases", "static"),
     "decode": decode,
-    "decode_gpu": lazily("gpu_cases", "decodes"),
-    "decode_kinds_gpu": lazily("gpu_cases", "decode_kinds"),
-    "prefill_gpu": lazily("gpu_cases", "prefill"),
-    "mla_gpu": lazily("mla_gpu_cases", "mla"),
-    "tree_gpu": lazily("gpu_cases", "tree"),
+    "paged_decode": lazily("gpu_cases", "decodes"),
+    "paged_kinds": lazily("gpu_cases", "decode_kinds"),
+    "paged_prefill": lazily("gpu_cases", "prefill"),
+    "latent_decode": lazily("mla_gpu_cases", "mla"),
+    "paged_tree": lazily("gpu_cases", "tree"),
     "tune": lazily("tune_cases", "tune"),
     "check_attention": on_device("gpu_checks", "attention"),
     "check_kernels": on_device("gpu_checks", "kernels"),
@@ -120,15 +119,15 @@ GPU_CHECKS = (
     GpuCase("check_engine", value=8, seconds=90),
 )
 GPU_CASES = (
-    GpuCase("decode_gpu", value=10, seconds=120, check="check_attention"),
-    GpuCase("decode_kinds_gpu", value=9, seconds=120, check="check_attention"),
-    GpuCase("prefill_gpu", value=8, seconds=120, check="check_attention"),
-    GpuCase("mla_gpu", value=8, seconds=120, check="check_kernels"),
+    GpuCase("paged_decode", value=10, seconds=120, check="check_attention"),
+    GpuCase("paged_kinds", value=9, seconds=120, check="check_attention"),
+    GpuCase("paged_prefill", value=8, seconds=120, check="check_attention"),
+    GpuCase("latent_decode", value=8, seconds=120, check="check_kernels"),
     GpuCase("decode", value=7, seconds=100, check="check_engine"),
     GpuCase("tune", value=6, seconds=120, check="check_attention"),
-    GpuCase("tree_gpu", value=6, seconds=45, check="check_attention"),
+    GpuCase("paged_tree", value=6, seconds=45, check="check_attention"),
 )
-NEEDS_GPU = tuple(name for name in CASES if name.endswith("_gpu") or name.startswith("check_") or name == "tune")
+NEEDS_GPU = tuple(case.name for case in (*GPU_CHECKS, *GPU_CASES) if case.name != "decode")
 KERNEL_PEERS = ("flashinfer-python", "vllm")
 
 SUITE = Suite(

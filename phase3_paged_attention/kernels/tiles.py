@@ -65,7 +65,7 @@ _TILES: dict[int, dict[str, dict[int, tuple[Tile, Tile]]]] = {
         },
         SMALL: {
             64: (Tile(64, 4, 3, 1), Tile(32, 4, 3, 2)),
-            128: (Tile(32, 4, 3, 1), Tile(32, 4, 3, 2)),
+            128: (Tile(32, 4, 3, 1), Tile(16, 4, 3, 2)),
             256: (Tile(16, 8, 3, 1), Tile(32, 8, 3, 1)),
         },
     },

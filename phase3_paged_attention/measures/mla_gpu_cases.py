@@ -1,4 +1,4 @@
-"""Benchmark case `mla_gpu`: attention to latents beside FlashInfer's, by heads, batch and number format."""
+"""Benchmark case `latent_decode`: attention to latents beside FlashInfer's, by heads, batch and number format."""
 
 from __future__ import annotations
 

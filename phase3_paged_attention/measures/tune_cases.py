@@ -11,14 +11,17 @@ from phase3_paged_attention.measures.attention_steps import ours
 from phase3_paged_attention.measures.attention_timing import NOTHING, OURS_ALONE, Prepare, timed
 from phase3_paged_attention.measures.gpu_cases import DRY, DRY_HEADS, LONG, bench_of
 
-# (block_n, warps, stages, blocks). Of `stages` Triton spends half on the block table. Work is split for so many
-# `blocks` on an SM; how many fit is up to the build.
+# (block_n, warps, stages, blocks). Of `stages` tiles all but one are on their way. Work is split for so many `blocks`
+# on an SM; how many fit is up to the build.
 SHORT = (
-    *((64, 4, stages, blocks) for stages in (3, 5, 7) for blocks in (2, 3, 4)),
-    *((32, 4, 5, 4), (32, 4, 7, 4), (128, 4, 3, 2), (128, 4, 5, 2), (128, 8, 5, 1), (64, 8, 5, 2), (64, 2, 5, 4)),
-    *((64, 4, 5, blocks) for blocks in (6, 8)),
+    *((64, 4, stages, blocks) for stages in (2, 3, 4) for blocks in (2, 3, 4)),
+    *((32, 4, 3, 4), (32, 4, 4, 4), (32, 4, 5, 4), (128, 4, 2, 2), (128, 4, 3, 2), (128, 8, 3, 1), (64, 8, 3, 2)),
+    *((64, 2, 3, 4), (64, 4, 2, 5), (64, 4, 3, 6), (64, 4, 3, 8)),
 )
-TALL = ((32, 4, 5, 1), (64, 4, 3, 1), (64, 4, 5, 1), (64, 8, 3, 1), (64, 8, 5, 1), (128, 8, 3, 1), (128, 8, 5, 1))
+TALL = (
+    *((32, 4, 3, 1), (64, 4, 2, 1), (64, 4, 3, 1), (128, 8, 2, 1), (128, 8, 3, 1)),
+    *((64, 8, stages, 1) for stages in (2, 3, 4)),
+)
 
 
 @dataclass(frozen=True)

@@ -673,7 +673,7 @@ if GPU:
         display(table(beside, {**dict.fromkeys(beside, "{:,.0f}"), "measured, µs": "{:,.1f}"}))
 else:
     print("times of the kernels: NOT MEASURED HERE: they need an NVIDIA GPU; there,", end=" ")
-    print("`python -m phase3_paged_attention.benchmark decode_kinds_gpu` takes them too")
+    print("`python -m phase3_paged_attention.benchmark paged_kinds` takes them too")
 
 # %% [markdown]
 # ## Your turn

@@ -476,7 +476,7 @@ if torch.cuda.is_available():
     display(table(timed_rows, dict.fromkeys(timed_rows, "{:.2f}")))
 else:
     print("times by format: NOT MEASURED HERE: they need an NVIDIA GPU; there,", end=" ")
-    print("`python -m phase3_paged_attention.benchmark decode_kinds_gpu mla_gpu` takes them too")
+    print("`python -m phase3_paged_attention.benchmark paged_kinds latent_decode` takes them too")
 
 # %% [markdown]
 # ## Your turn
