@@ -16,9 +16,9 @@
     check_attention, check_kernels, check_engine
                     what must be right on a GPU before it is timed
 
-Those from paged_decode on need a GPU. Every case times its subjects in turns (A B A B), several rounds, in one process, and writes
-reports/results/phase3/<case>.json. The ratios are medians of ratios within a round. `--dry-run` goes through the GPU
-cases with tiny sizes on the CPU.
+Those from paged_decode on need a GPU. Every case times its subjects in turns (A B A B), several rounds, in one process,
+and writes reports/results/phase3/<case>.json. The ratios are medians of ratios within a round. `--dry-run` goes through
+the GPU cases with tiny sizes on the CPU.
 """
 
 from __future__ import annotations
