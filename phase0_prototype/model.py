@@ -94,7 +94,7 @@ class DecoderModel(nn.Module):
         """A plan of the sequences' last tokens: of the last layer's output nothing else is used. It writes the keys and
         values of all. None where they can't be attended to in one call."""
         found = self.backend.plan(batch.last_tokens(), self.windows, kv.block_size)
-        return None if found.shape is None else replace(found, slots=plan.slots)
+        return None if found.sequences else replace(found, slots=plan.slots)
 
     def compute(
         self,

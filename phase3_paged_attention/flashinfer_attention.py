@@ -43,7 +43,8 @@ class FlashInferAttention:
 
     def __init__(self, spec: AttentionSpec, device: torch.device, backend: str = "auto") -> None:
         self.spec, self.device, self.backend = spec, device, backend
-        self._wrappers: dict[int | None, Any] = {}
+        self._wrappers: dict[tuple[int | None, bool], Any] = {}
+        self._second = False
 
     def why_not(self, spec: AttentionSpec, device: torch.device) -> list[str]:
         """No GPU, no package, or a head, a number format or a window that it has no kernel for."""
@@ -73,6 +74,7 @@ class FlashInferAttention:
         if visible is not None:
             raise NotImplementedError("masks of single tokens are for the triton backend")
         spec = self.spec
+        self._second = not self._second  # a step has two plans at most: its own, and that of its last tokens
         pages = [-(-length // block_size) for length in batch.kv_lens]
         used = [block for blocks, n in zip(batch.blocks, pages, strict=True) for block in blocks[:n]]
         last = [length - (n - 1) * block_size for length, n in zip(batch.kv_lens, pages, strict=True)]
@@ -108,14 +110,13 @@ class FlashInferAttention:
         return attended.flatten(1)
 
     def _wrapper(self, window: int | None) -> Any:
-        if window not in self._wrappers:
+        key = window, self._second
+        if key not in self._wrappers:
             import flashinfer
 
             workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=self.device)
-            self._wrappers[window] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                workspace, "NHD", backend=self.backend
-            )
-        return self._wrappers[window]
+            self._wrappers[key] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=self.backend)
+        return self._wrappers[key]
 
 
 def _offsets(lengths: Any) -> Tensor:
