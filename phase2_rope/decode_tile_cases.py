@@ -5,19 +5,15 @@ Figures of a build are what ptxas and Triton say of it. Those of a kind of tile 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from module0_profiling import rooms
+from module0_profiling import elsewhere
 from module0_profiling.bench import Options
-from module0_profiling.bench_gpu import CheckFailed
-from module0_profiling.gpu_tools import CompileError, MissingTool
+from module0_profiling.gpu_tools import CompileError
 from module0_profiling.occupancy import limits_of
 from module0_profiling.results import Figure
 from module0_profiling.static_report import KernelReport, report_triton
@@ -28,7 +24,6 @@ if TYPE_CHECKING:  # Triton decides when it is imported whether it interprets: n
 ARCHS = ("sm_90", "sm_100", "sm_80", "sm_120")
 DRY_ARCHS = ("sm_90",)
 WORKERS = 2
-SECONDS = 600  # that an architecture may take
 
 
 def tiles(options: Options) -> tuple[Figure, ...]:
@@ -38,8 +33,9 @@ def tiles(options: Options) -> tuple[Figure, ...]:
     own: under `--dry-run` this one interprets, and a compiler that crashes does not take it along.
     """
     archs = DRY_ARCHS if options.dry else ARCHS
+    flags = ("--dry",) if options.dry else ()
     with options.console.status(f"compiling for {', '.join(archs)}"), ThreadPoolExecutor(WORKERS) as pool:
-        parts = list(pool.map(lambda arch: _in_its_own_process(arch, options.dry), archs))
+        parts = list(pool.map(lambda arch: elsewhere.figures(__name__, arch, *flags), archs))
     return tuple(figure for part in parts for figure in part)
 
 
@@ -136,27 +132,11 @@ def _instruction(report: KernelReport) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def _in_its_own_process(arch: str, dry: bool) -> list[Figure]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __name__, arch, *(["--dry"] if dry else [])]
-    done = subprocess.run(
-        command, cwd=rooms.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise CheckFailed(f"tiles for {arch}: {said[-1]}")
-    return [Figure(**figure) for figure in json.loads(done.stdout.splitlines()[-1])]
-
-
 def _main(arch: str, *flags: str) -> None:
     found = grid(arch, "--dry" in flags)
-    try:
-        figures = figures_of(arch, found)
-    except MissingTool as error:
-        sys.exit(str(error))
-    if arch == ARCHS[0]:  # it has all kinds
-        figures = [*arithmetic(found), *figures]
-    print(json.dumps([asdict(figure) for figure in figures]))
+    elsewhere.say(
+        lambda: [*(arithmetic(found) if arch == ARCHS[0] else ()), *figures_of(arch, found)]
+    )  # it has all kinds
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phase2_rope.rope_peers import flashinfer_why_not
 from phase3_paged_attention.kv_format import FORMATS
 from phase3_paged_attention.measures import torch_peers, vllm_peer
 from phase3_paged_attention.measures.attention_inputs import KV, Case, Inputs
@@ -42,19 +43,6 @@ class Peer:
     why_not: Callable[[], str]
     suits: Callable[[Any], bool]
     prepare: Callable[[Any], Prepared]
-
-
-def flashinfer_why_not() -> str:
-    """Why FlashInfer cannot run."""
-    if not torch.cuda.is_available():
-        return NO_GPU
-    if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed: pip install flashinfer-python"
-    try:
-        importlib.import_module("flashinfer")
-    except Exception as error:  # it was built for another torch or CUDA
-        return f"flashinfer does not load: {first_line(error)}"
-    return ""
 
 
 def fa3_why_not() -> str:

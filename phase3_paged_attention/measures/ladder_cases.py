@@ -5,19 +5,14 @@ Each compiles, or interprets, in a process of its own: Triton decides when it is
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import torch
 
-from module0_profiling import rooms
+from module0_profiling import elsewhere
 from module0_profiling.bench import Options
-from module0_profiling.bench_gpu import CheckFailed
-from module0_profiling.gpu_tools import CompileError, MissingTool
+from module0_profiling.gpu_tools import CompileError
 from module0_profiling.results import Figure
 from module0_profiling.static_report import report_triton
 from phase3_paged_attention.kernels import costs
@@ -27,7 +22,6 @@ ARCHS = ("sm_90", "sm_80", "sm_120")
 DIMS = (128, 64)
 TOKENS = (16, 64, 128)  # of the tiles of `tiled`
 WORKERS = 2
-SECONDS = 900  # that an architecture, or the trace, may take
 LARGE = Decode.even(64, 8192, 32, 8, 128)  # a full batch of an 8B model
 FEW_LONG = Decode.even(1, 131072, 32, 8, 128)
 TRACED = Decode((150, 70, 7), 8, 2, 64)  # ragged, small enough to interpret
@@ -39,14 +33,14 @@ def ladder_static(options: Options) -> tuple[Figure, ...]:
     archs = ARCHS[:1] if options.dry else ARCHS
     flags = ("--dry",) if options.dry else ()
     with options.console.status(f"compiling for {', '.join(archs)}"), ThreadPoolExecutor(WORKERS) as pool:
-        parts = list(pool.map(lambda arch: _in_its_own_process("static", arch, *flags), archs))
+        parts = list(pool.map(lambda arch: elsewhere.figures(__name__, "static", arch, *flags), archs))
     return tuple(figure for part in parts for figure in part)
 
 
 def ladder_bytes(options: Options) -> tuple[Figure, ...]:
     """Bytes a cached token that each rung asks for: by its own addresses, by the model, and over what must be read."""
     with options.console.status("tracing the ladder"):
-        traced = _in_its_own_process("bytes", interpret=True)
+        traced = elsewhere.figures(__name__, "bytes", interpret=True)
     return (*traced, *_modelled("batch 64 of 8k", LARGE), *_modelled("one sequence of 128k", FEW_LONG))
 
 
@@ -143,26 +137,8 @@ def inputs(case: Decode) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
     return q, cache, torch.tensor(case.lengths, dtype=torch.int32), tables
 
 
-def _in_its_own_process(*arguments: str, interpret: bool = False) -> list[Figure]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", __name__, *arguments]
-    done = subprocess.run(
-        command, cwd=rooms.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise CheckFailed(f"{' '.join(arguments)} of the ladder: {said[-1]}")
-    return [Figure(**figure) for figure in json.loads(done.stdout.splitlines()[-1])]
-
-
 def _main(what: str, *arguments: str) -> None:
-    try:
-        figures = traced(TRACED) if what == "bytes" else compiled(arguments[0], dry="--dry" in arguments)
-    except MissingTool as error:
-        sys.exit(str(error))
-    print(json.dumps([asdict(figure) for figure in figures]))
+    elsewhere.say(lambda: traced(TRACED) if what == "bytes" else compiled(arguments[0], dry="--dry" in arguments))
 
 
 if __name__ == "__main__":

@@ -5,24 +5,18 @@ Figures of a build are what ptxas and Triton say of it. Those of a token are ari
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
-from module0_profiling import rooms
+from module0_profiling import elsewhere
 from module0_profiling.bench import Options
-from module0_profiling.bench_gpu import CheckFailed
-from module0_profiling.gpu_tools import CompileError, MissingTool
+from module0_profiling.gpu_tools import CompileError
 from module0_profiling.results import Figure
 from module0_profiling.static_report import ALL_ARCHS, report_triton
 from phase3_paged_attention.latent_format import PackedLatents
 
 DRY_ARCHS = ("sm_90",)
 WORKERS = 2
-SECONDS = 900  # that an architecture may take
 H, L, R = 128, 512, 64  # DeepSeek-V3
 H200 = 790e12, 4.3e12  # FLOP/s in bfloat16 and bytes/s that one reaches, about
 
@@ -34,8 +28,9 @@ def latent_tiles(options: Options) -> tuple[Figure, ...]:
     crashes does not take it along.
     """
     archs = DRY_ARCHS if options.dry else ALL_ARCHS
+    flags = ("--dry",) if options.dry else ()
     with options.console.status(f"compiling for {', '.join(archs)}"), ThreadPoolExecutor(WORKERS) as pool:
-        parts = list(pool.map(lambda arch: _in_its_own_process(arch, options.dry), archs))
+        parts = list(pool.map(lambda arch: elsewhere.figures(__name__, arch, *flags), archs))
     return (*arithmetic(), *(figure for part in parts for figure in part))
 
 
@@ -82,24 +77,8 @@ def figures_of(arch: str, dry: bool) -> list[Figure]:
     return figures
 
 
-def _in_its_own_process(arch: str, dry: bool) -> list[Figure]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __name__, arch, *(["--dry"] if dry else [])]
-    done = subprocess.run(
-        command, cwd=rooms.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise CheckFailed(f"latent tiles for {arch}: {said[-1]}")
-    return [Figure(**figure) for figure in json.loads(done.stdout.splitlines()[-1])]
-
-
 def _main(arch: str, *flags: str) -> None:
-    try:
-        figures = figures_of(arch, "--dry" in flags)
-    except MissingTool as error:
-        sys.exit(str(error))
-    print(json.dumps([asdict(figure) for figure in figures]))
+    elsewhere.say(lambda: figures_of(arch, "--dry" in flags))
 
 
 if __name__ == "__main__":
