@@ -66,7 +66,7 @@ ONE = torch.ones(1)
 @cache
 def gate(module: str, question: str, who: str) -> dict:
     """What a gate asks of somebody's kernels, in Triton's interpreter, in a process of its own."""
-    return in_process(f"phase3_paged_attention.{module}", question, f"phase3={who}")
+    return in_process(f"phase3_paged_attention.measures.{module}", question, f"phase3={who}")
 
 
 machine = hardware.detect("cpu")
