@@ -77,11 +77,12 @@ class Answer:
             sequence.logprobs.append(candidates)
             sequence.cumulative += candidates[token].logprob
 
-    def take_prompt(self, request: Request, logprobs: TokenLogprobs) -> None:
-        """Record the prompt's log-probabilities (of the first sequence; they are equal)."""
+    def take_prompt(self, request: Request, start: int, logprobs: TokenLogprobs) -> None:
+        """Record log-probabilities of the prompt's tokens from `start` on (of the first sequence; they are equal)."""
         if request.index == 0:
             wanted = request.params.prompt_logprobs or 0
-            self._prompt_logprobs = [None, *self._named(logprobs, list(range(len(logprobs.token_ids))), wanted)]
+            known = (self._prompt_logprobs or [None])[:start]
+            self._prompt_logprobs = known + self._named(logprobs, list(range(len(logprobs.token_ids))), wanted)
 
     def stopped_by(self, request: Request) -> str | None:
         """The stop string that the request's text has reached."""

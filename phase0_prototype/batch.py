@@ -1,4 +1,4 @@
-"""What one forward pass works on: a `Step` says which tokens of which requests, a `Batch` is the same as tensors.
+"""What one forward pass works on: a `Step` (step.py) says which tokens of which requests, a `Batch` is it as tensors.
 
 A batch is flat: the tokens of all sequences one after another, with no padding and no flag for prefill or decode. A
 prompt of 500 tokens and a decode of one are rows of 500 and 1; linear layers never see a token that is not there.
@@ -11,49 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phase0_prototype.request import Request
-
-
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """`num_tokens` of the request's uncomputed tokens go into this step, starting at `start`.
-
-    `forks` are sequences with the same tokens that begin here: they are computed once, and each samples from the logits
-    of the last. (Phase 0 computes every sequence on its own and has none.)
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    forks: tuple[Request, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """Position after the last token of this step."""
-        return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, whose logits choose the next one."""
-        return self.end == self.request.num_tokens
-
-
-@dataclass(frozen=True)
-class Step:
-    """The scheduler's decision for one forward pass; `rejected` ended without one, for want of memory."""
-
-    scheduled: tuple[ScheduledRequest, ...]
-    rejected: tuple[Request, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the forward pass processes."""
-        return sum(s.num_tokens for s in self.scheduled)
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        """Every sequence that the step is for: each scheduled request, followed by its forks."""
-        return tuple(request for s in self.scheduled for request in (s.request, *s.forks))
+from phase0_prototype.step import Step
 
 
 @dataclass(frozen=True)
@@ -113,6 +71,7 @@ class Batch:
         wanted: list[int] = []
         for scheduled, table in zip(step.scheduled, blocks, strict=True):
             token_ids += scheduled.request.tokens(scheduled.start, scheduled.end)
+            token_ids += (0,) * scheduled.pending  # not known yet: the executor writes it
             positions += range(scheduled.start, scheduled.end)
             slots += [
                 table[p // block_size] * block_size + p % block_size for p in range(scheduled.start, scheduled.end)

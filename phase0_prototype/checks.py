@@ -19,13 +19,14 @@ import torch
 
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.checkpoint import write_checkpoint
 from phase0_prototype.llm import LLM
 from phase0_prototype.peak_memory import in_own_process
 from phase0_prototype.products import WeightProducts
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase0_prototype.workloads import random_prompts
 
 VOCAB, LAYERS, INTERMEDIATE = 320, 3, 80

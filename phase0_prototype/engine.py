@@ -1,12 +1,12 @@
-"""The engine as of phase 0: assembles its parts and turns the loop.
+"""The engine as of phase 0: prompts in, text out, around a loop that knows tokens only.
 
-Request -> Scheduler.next_step() -> Step -> Runner.forward(Batch) -> sample -> Scheduler.finish() -> RequestOutput
+Request -> Scheduler.next_step() -> Step -> Executor (Runner.forward(Batch), sample) -> Scheduler.finish() -> Output
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +15,17 @@ from module0_profiling.course.parts import Use, resolve
 from module0_profiling.ranges import span
 from phase0_prototype.answers import Answer
 from phase0_prototype.attention import TorchAttention
-from phase0_prototype.batch import Batch, Step
 from phase0_prototype.config import ModelConfig
 from phase0_prototype.engine_config import EngineConfig, resolve_lengths
 from phase0_prototype.errors import UserError
+from phase0_prototype.executor import Executor
 from phase0_prototype.loading import describe
-from phase0_prototype.logprobs import TokenLogprobs, logprobs_of
+from phase0_prototype.loop import Loop
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
 from phase0_prototype.rng import derive_seed
-from phase0_prototype.sampler import sample
 from phase0_prototype.sampling_params import SamplingParams
-from phase0_prototype.sampling_rows import SamplingRows
+from phase0_prototype.step import StepTokens
 from phase0_prototype.tokenizer import Tokenizer, load_tokenizer
 
 ROOM = __name__.rpartition(".")[0]
@@ -37,6 +36,7 @@ class Engine:
 
     Args:
         model, kv, scheduler, runner: the parts (of the solution, the framework or the learner).
+        loop: turns scheduler and executor; a later phase has another.
         config: the model's.
         tokenizer: None for checkpoints without one; prompts are token ids then, and text stays empty.
         max_model_len: longest sequence, prompt included.
@@ -55,9 +55,11 @@ class Engine:
         max_model_len: int,
         device: torch.device,
         seed: int,
+        loop: Callable[[Any, Executor], Loop] = Loop,
     ) -> None:
         self.model, self.kv, self.scheduler, self.runner = model, kv, scheduler, runner
         self.config, self.tokenizer, self.max_model_len, self.device = config, tokenizer, max_model_len, device
+        self.loop = loop(scheduler, Executor(kv, runner, device))
         self._seed = seed
         self._answers: dict[str, Answer] = {}  # by request id of the prompt
         self._of_request: dict[str, Answer] = {}  # by request id of the sequence
@@ -101,30 +103,13 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether a further `step` has work."""
-        return bool(self.scheduler.has_unfinished())
+        return bool(self.loop.has_unfinished())
 
     def step(self) -> list[RequestOutput]:
         """One forward pass; returns the prompts that got new tokens, each with all of its outputs so far."""
-        with span("schedule"):
-            step = self.scheduler.next_step()
-        if not step.scheduled:  # nothing to run, and somebody to tell
-            self.scheduler.finish(step, [])
-            return self._answer([], step.rejected, None, time.perf_counter())
-        with span("prepare"):
-            blocks = [self.kv.blocks(s.request) for s in step.scheduled]
-            batch = Batch.build(step, blocks, self.kv.block_size, self.device)
-        with span("forward"):
-            logits = self.runner.forward(batch)  # [R, V] float32
-        with span("sample"):
-            logits = self._sampling_rows(step, self._take_prompt_logprobs(step, logits))  # [sampling sequences, V]
-            sampling = [request for s in step.scheduled if s.samples for request in (s.request, *s.forks)]
-            sampled = sample(logits, SamplingRows.build(sampling, logits.shape[1], self.device))
-            chosen = dict(zip((r.request_id for r in sampling), sampled.tolist(), strict=True))
-        now = time.perf_counter()
-        with span("finish"):
-            self.scheduler.finish(step, [[chosen[i]] if (i := r.request_id) in chosen else [] for r in step.requests])
+        done = self.loop.step()
         with span("detokenise"):
-            return self._answer(sampling, step.rejected, sampled.logprobs, now)
+            return self._answer(done, time.perf_counter())
 
     def abort(self, request_id: str) -> None:
         """Stop a prompt's sequences and free what they hold; unknown or finished ids are ignored."""
@@ -139,22 +124,24 @@ class Engine:
         for request_id in list(self._answers):
             self.abort(request_id)
 
-    def _answer(
-        self, sampling: list[Request], rejected: Sequence[Request], logprobs: TokenLogprobs | None, now: float
-    ) -> list[RequestOutput]:
+    def _answer(self, done: StepTokens, now: float) -> list[RequestOutput]:
         """Turn each sequence's new token into text; returns the outputs of their prompts."""
+        for request, start, logprobs in done.prompt_logprobs:
+            if (answer := self._of_request.get(request.request_id)) is not None:
+                answer.take_prompt(request, start, logprobs)
         touched: dict[str, Answer] = {}
-        for row, request in enumerate(sampling):
+        for row, request in zip(done.rows, done.requests, strict=True):
             answer = self._of_request[request.request_id]
-            answer.take_token(request, logprobs, row, now)
+            answer.take_token(request, done.logprobs, row, now)
             if answer.stopped_by(request) is not None and request.finish_reason is None:
                 self.scheduler.abort(request, "stop")
             if request.finish_reason is not None:
                 answer.finish(request, now)
             touched[answer.request_id] = answer
-        for request in rejected:
-            answer = touched[request.group] = self._of_request[request.request_id]
-            answer.finish(request, now)
+        for request in done.step.rejected:
+            if (answer := self._of_request.get(request.request_id)) is not None:
+                touched[request.group] = answer
+                answer.finish(request, now)
         outputs = [answer.output() for answer in touched.values()]
         for output in outputs:
             if output.finished:
@@ -179,34 +166,6 @@ class Engine:
         if unknown is not None:
             raise UserError(f"token id {unknown!r} is not an integer of the vocabulary 0..{self.config.vocab_size - 1}")
         return ids
-
-    def _sampling_rows(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
-        """One row for each sequence that samples: forks share the row of the request that computed it."""
-        copies = [1 + len(s.forks) for s in step.scheduled if s.samples]
-        if len(copies) == sum(copies):
-            return logits
-        return logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0)
-
-    def _take_prompt_logprobs(self, step: Step, logits: torch.Tensor) -> torch.Tensor:
-        """Hand prompt log-probabilities to their answers; returns the rows that tokens are sampled from."""
-        if all(s.request.params.prompt_logprobs is None for s in step.scheduled):
-            return logits
-        keep, start = [], 0
-        for scheduled in step.scheduled:
-            request = scheduled.request
-            wants_prompt = request.params.prompt_logprobs is not None and not request.output_token_ids
-            count = scheduled.num_tokens if wants_prompt else int(scheduled.samples)
-            if wants_prompt:
-                known = request.tokens(scheduled.start + 1, scheduled.end + 1)  # what each row should have predicted
-                targets = torch.tensor(known, dtype=torch.int64, device=logits.device)
-                predicted = logits[start : start + len(known)]
-                self._of_request[request.request_id].take_prompt(
-                    request, logprobs_of(predicted, targets, request.params.prompt_logprobs or 0)
-                )
-            if scheduled.samples:
-                keep.append(start + count - 1)
-            start += count
-        return logits[keep]
 
 
 def build(

@@ -16,3 +16,9 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """Weights that cannot be read, or that do not fit the model."""
+
+
+class SamplingError(RuntimeError):
+    """A row of logits from which no token can be chosen: it holds NaN or +inf, or every token of it is banned."""
+
+    is_user_error = True  # a dtype, checkpoint or stop_token_ids is to be changed: one line, no traceback

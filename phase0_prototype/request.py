@@ -20,8 +20,13 @@ class Request:
         max_tokens: resolved limit of generated tokens (`params.max_tokens` cut to the context).
         index: 0 .. n-1 among the sequences of one prompt.
         group: request id of the prompt; sequences of one group have the same prompt. "": a group of its own.
+        priority: smaller is more urgent, for a scheduler that looks at it.
+        arrival: when it came, seconds of the scheduler's clock.
+        deadline: when it is of no use any more, on the same clock; None: never.
         output_token_ids: generated so far.
-        num_computed_tokens: how many leading tokens have their keys and values in the cache.
+        num_computed_tokens: how many leading tokens have their keys and values in the cache, or will have when the
+            steps that run now are over.
+        num_pending: tokens that such a step is choosing: they are in no list yet.
         finish_reason: None while running, then "stop", "length" or "abort".
         stop_reason: the stop token id or stop string that ended it, if one did.
     """
@@ -34,8 +39,12 @@ class Request:
     max_tokens: int
     index: int = 0
     group: str = ""
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -22,14 +22,7 @@ from torch import Tensor
 from phase0_prototype import rng
 from phase0_prototype.logprobs import TokenLogprobs, logprobs_of
 from phase0_prototype.sampling_rows import Drawn, SamplingRows
-
-_NO_TOKEN = -1
-
-
-class SamplingError(RuntimeError):
-    """A row of logits from which no token can be chosen: it holds NaN or +inf, or every token of it is banned."""
-
-    is_user_error = True  # a dtype, checkpoint or stop_token_ids is to be changed: one line, no traceback (errors.py)
+from phase0_prototype.step import NO_TOKEN, insist
 
 
 @dataclass(frozen=True)
@@ -49,12 +42,7 @@ class Sampled:
     def tolist(self) -> list[int]:
         """Fetch the tokens: the one wait for the device. Raises `SamplingError` that names the first bad row."""
         tokens: list[int] = self.token_ids.tolist()
-        if _NO_TOKEN in tokens:
-            row = tokens.index(_NO_TOKEN)
-            raise SamplingError(
-                f"no token can be chosen for request {self.request_ids[row]} (row {row}): its logits hold NaN or +inf, "
-                "or all tokens are banned: check the weights, dtype and stop_token_ids"
-            )
+        insist(tokens, self.request_ids)
         return tokens
 
 
@@ -181,7 +169,7 @@ def _best(scores: Tensor) -> Tensor:
         best = table.argmax(-1)
         bad = ~np.isfinite(table[np.arange(len(best)), best])
         if bad.any():
-            best[bad] = _NO_TOKEN
+            best[bad] = NO_TOKEN
         return torch.from_numpy(best)
     values, token_ids = scores.max(-1)
-    return token_ids.masked_fill_(~values.isfinite(), _NO_TOKEN)
+    return token_ids.masked_fill_(~values.isfinite(), NO_TOKEN)

@@ -100,15 +100,15 @@ class Drawn:
         return self.max_top_k > 0 or self.any_min_p or self.any_top_p
 
     @staticmethod
-    def build(requests: Sequence[Sampling], device: torch.device) -> Drawn | None:
-        """Pack the requests with a temperature; None when there are none."""
+    def build(requests: Sequence[Sampling], device: torch.device, ahead: Sequence[int] = ()) -> Drawn | None:
+        """Pack the requests with a temperature; None when there are none. `ahead` as for `SamplingRows.build`."""
         chosen = [row for row, request in enumerate(requests) if not request.params.greedy]
         if not chosen:
             return None
         params = [requests[row].params for row in chosen]
         top_k = [max(0, p.top_k) for p in params]
         seeds = [requests[row].seed for row in chosen]
-        positions = [len(requests[row].output_token_ids) for row in chosen]
+        positions = [len(requests[row].output_token_ids) + (ahead[row] if ahead else 0) for row in chosen]
         integers = torch.tensor([chosen, seeds, positions, top_k], dtype=torch.int64).to(device)
         numbers = [[p.temperature for p in params], [p.min_p for p in params], [p.top_p for p in params]]
         temperature, min_p, top_p = torch.tensor(numbers, dtype=torch.float32).to(device)
@@ -157,7 +157,12 @@ class SamplingRows:
         return any(part is not None for part in (self.drawn, self.banned, self.repeated, self.counted))
 
     @staticmethod
-    def build(requests: Sequence[Sampling], vocab_size: int, device: torch.device | str = "cpu") -> SamplingRows:
+    def build(
+        requests: Sequence[Sampling],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        ahead: Sequence[int] = (),
+    ) -> SamplingRows:
         """Gather the rows of a step.
 
         Args:
@@ -165,6 +170,7 @@ class SamplingRows:
             vocab_size: V. A prompt or a list of stop tokens may hold ids beyond it: a tokenizer can know more tokens
                 than the model has logits.
             device: where the logits are.
+            ahead: for each request, tokens of its output that are being chosen and are not in it yet; 0 by default.
         """
         names = tuple([request.request_id for request in requests])
         if all([request.params.plain for request in requests]):
@@ -175,7 +181,7 @@ class SamplingRows:
         counted: list[CellsOfRow] = []
         for row, request in enumerate(requests):
             params, output = request.params, request.output_token_ids
-            if len(output) < params.min_tokens:
+            if len(output) + (ahead[row] if ahead else 0) < params.min_tokens:
                 banned.append((row, [*params.stop_token_ids, *request.eos_token_ids], 0.0))
             if params.repetition_penalty != 1:  # ids that come twice do no harm: the same cell is set to the same value
                 repeated.append((row, [*request.prompt_token_ids, *output], params.repetition_penalty))
@@ -186,7 +192,7 @@ class SamplingRows:
         wanted = [request.params.logprobs for request in requests if request.params.logprobs is not None]
         return SamplingRows(
             request_ids=names,
-            drawn=Drawn.build(requests, device),
+            drawn=Drawn.build(requests, device, ahead),
             banned=Cells.build(banned, vocab_size, device),
             repeated=Cells.build(repeated, vocab_size, device),
             counted=Cells.build(counted, vocab_size, device),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.kv_cache import KVCache
 from phase0_prototype.request import Request
+from phase0_prototype.step import ScheduledRequest, Step
 
 
 class Scheduler:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.engine import Engine
 from phase0_prototype.errors import UserError
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase1_memory.beam_search import Beams, BeamSearchParams, Branch, Hypothesis
 from phase1_memory.kv_cache import PagedKVCache
 from phase1_memory.runs import Write

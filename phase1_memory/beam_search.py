@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from phase0_prototype.sampler import SamplingError
+from phase0_prototype.errors import SamplingError
 from phase0_prototype.sampling_params import ParameterError
 
 

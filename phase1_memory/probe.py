@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase1_memory.kv_cache import PagedKVCache
 
 

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.request import Request
+from phase0_prototype.step import ScheduledRequest, Step
 from phase1_memory.kv_cache import PagedKVCache
 from phase1_memory.runs import Write
 

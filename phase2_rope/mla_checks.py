@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use, resolve
 from module0_profiling.timing import interleave, ratio
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.prefill_attention import causal_mask
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase2_rope import mla
 from phase2_rope.deepseek import LatentSpec
 from phase2_rope.expanded import expanded

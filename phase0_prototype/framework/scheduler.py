@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.request import Request
+from phase0_prototype.step import ScheduledRequest, Step
 
 if TYPE_CHECKING:
     from .kv_cache import KVCache

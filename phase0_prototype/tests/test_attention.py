@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase0_prototype.attention import AttentionSpec, TorchAttention, write_kv
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 
 ROWS, BLOCK, D = 6, 40, 8
 SHAPES = [(4, 4), (4, 2), (6, 1)]  # (Hq, Hkv)

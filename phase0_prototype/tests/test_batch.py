@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 
 CPU = torch.device("cpu")
 

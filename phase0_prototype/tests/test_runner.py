@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from phase0_prototype import runner as solution
-from phase0_prototype.batch import Batch, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.llm import LLM
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import Step
 from phase0_prototype.tests.checkpoints import random_prompt
 
 compiles = pytest.mark.skipif(

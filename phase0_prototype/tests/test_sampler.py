@@ -19,9 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from phase0_prototype import rng
+from phase0_prototype.errors import SamplingError
 from phase0_prototype.logprobs import logprobs_of
 from phase0_prototype.outputs import Logprob, position_logprobs
-from phase0_prototype.sampler import SamplingError, adjusted_logits, sample
+from phase0_prototype.sampler import adjusted_logits, sample
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.sampling_rows import SamplingRows
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from phase0_prototype.batch import ScheduledRequest, Step
 from phase0_prototype.request import Request
+from phase0_prototype.step import ScheduledRequest, Step
 from phase1_memory.runs import Write
 
 if TYPE_CHECKING:

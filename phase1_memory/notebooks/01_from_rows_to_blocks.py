@@ -543,8 +543,9 @@ plt.show()
 
 # %%
 from phase0_prototype.attention import AttentionSpec
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.request import Request
+from phase0_prototype.step import ScheduledRequest, Step
 
 HEADS = AttentionSpec(32, 4, 64, 64**-0.5)
 TOKENS = 32 * 1024

@@ -19,8 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phase0_prototype.errors import UserError
-from phase0_prototype.sampler import SamplingError
+from phase0_prototype.errors import SamplingError, UserError
 from phase1_memory.beam_search import Beams, BeamSearchParams, Branch, Hypothesis
 from phase1_memory.tests.beam_oracle import hf_beams, tiny_llama
 

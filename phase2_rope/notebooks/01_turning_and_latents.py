@@ -50,12 +50,13 @@ from module0_profiling.course.parts import Use, resolve
 from module0_profiling.gpu_tools import CompileError, MissingTool
 from module0_profiling.notebooks import table
 from module0_profiling.timing import clock_for, interleave, ratio
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.config import RopeConfig
 from phase0_prototype.cpu_memory import keep_freed_memory
 from phase0_prototype.kernels import ladder
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase0_prototype.workloads import random_prompts, run_ours
 from phase2_rope import mla, mla_cases, mla_checks, rope_cpu_cases, shapes
 from phase2_rope.expanded import expanded

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.config import RopeConfig
 from phase0_prototype.errors import ConfigError
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase2_rope.rotary import Rotary
 
 CPU = torch.device("cpu")

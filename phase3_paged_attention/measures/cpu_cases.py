@@ -26,10 +26,11 @@ from module0_profiling.course.parts import Use, resolve
 from module0_profiling.results import Figure
 from module0_profiling.timing import interleave
 from phase0_prototype.attention import AttentionSpec
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.cpu_memory import keep_freed_memory
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 
 ROOM = __name__.partition(".")[0]
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 4, 64, 16  # TinyLlama-1.1B

@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 from module0_profiling.course import parts
 from module0_profiling.course.parts import Use
 from phase0_prototype.attention import AttentionSpec
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
+from phase0_prototype.step import ScheduledRequest, Step
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase3_paged_attention.attention import TritonAttention

@@ -85,9 +85,10 @@ def test_a_gather_unpacks_what_it_reads(blocks: Any) -> None:
 
 
 def test_torchs_backend_attends_to_what_a_packed_cache_says() -> None:
-    from phase0_prototype.batch import Batch, ScheduledRequest, Step
+    from phase0_prototype.batch import Batch
     from phase0_prototype.request import Request
     from phase0_prototype.sampling_params import SamplingParams
+    from phase0_prototype.step import ScheduledRequest, Step
 
     how, page, lengths = PackedLatents(128, 8, torch.float32), 4, [(5, 1), (9, 1), (6, 3), (0, 5)]
     cases = [inputs(SPEC, new, old + new, seed) for seed, (old, new) in enumerate(lengths)]
@@ -120,7 +121,8 @@ import torch
 torch.set_num_threads(1)
 from module0_profiling.course.parts import Use, resolve
 from phase0_prototype.attention import AttentionSpec
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
+from phase0_prototype.step import ScheduledRequest, Step
 from phase0_prototype.kv_spec import KVPart
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams

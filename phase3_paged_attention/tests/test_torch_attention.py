@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase0_prototype.attention import AttentionSpec
-from phase0_prototype.batch import Batch, ScheduledRequest, Step
+from phase0_prototype.batch import Batch
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.step import ScheduledRequest, Step
 from phase3_paged_attention.decode_groups import GROUP_TOKENS, PIECE_TOKENS, SPARE_TOKENS, cut, group_decodes
 from phase3_paged_attention.measures import cpu_cases
 
