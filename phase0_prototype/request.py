@@ -27,6 +27,7 @@ class Request:
         num_computed_tokens: how many leading tokens have their keys and values in the cache, or will have when the
             steps that run now are over.
         num_pending: tokens that such a step is choosing: they are in no list yet.
+        preemptions: how often it lost its memory.
         finish_reason: None while running, then "stop", "length" or "abort".
         stop_reason: the stop token id or stop string that ended it, if one did.
     """
@@ -45,6 +46,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_pending: int = 0
+    preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

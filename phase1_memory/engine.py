@@ -12,6 +12,7 @@ from phase0_prototype.engine import Engine
 from phase0_prototype.errors import UserError
 from phase0_prototype.layers import Layers
 from phase0_prototype.loading import describe
+from phase0_prototype.loop import Loop
 from phase0_prototype.tokenizer import load_tokenizer
 from phase1_memory.engine_config import PagedConfig
 from phase1_memory.kv_cache import PagedKVCache
@@ -29,6 +30,8 @@ def build(
     *,
     layers: Callable[..., Layers] = Layers,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    schedule: Callable[[PagedKVCache, Any], Any] | None = None,
+    loop: Callable[..., Any] = Loop,
 ) -> Engine:
     """Load a checkpoint and assemble an engine around it.
 
@@ -37,6 +40,8 @@ def build(
         use: which implementation of the course's parts; by default the learner's where there is one.
         advance: called with (bytes loaded, bytes in all) while weights load.
         layers, architectures: what a later phase builds the model of, and which models it knows.
+        schedule: makes a later phase's scheduler of the cache and the offload store (None without one).
+        loop: turns it.
 
     Raises:
         UserError: anything about model, device or sizes that the user can put right.
@@ -61,14 +66,17 @@ def build(
         store = part["offload"].open_store(
             plan.block_bytes, device, config.swap_bytes, config.offload_dir, config.offload_bytes
         )
-    scheduler = part["scheduler"].Scheduler(
-        kv,
-        config.max_num_batched_tokens,
-        config.max_seqs,
-        watermark=config.watermark,
-        pressure=config.preemption,
-        store=store,
-    )
+    if schedule is not None:
+        scheduler = schedule(kv, store)
+    else:
+        scheduler = part["scheduler"].Scheduler(
+            kv,
+            config.max_num_batched_tokens,
+            config.max_seqs,
+            watermark=config.watermark,
+            pressure=config.preemption,
+            store=store,
+        )
     return Engine(
         model,
         kv,
@@ -79,4 +87,5 @@ def build(
         max_model_len=plan.max_model_len,
         device=device,
         seed=config.seed,
+        loop=loop,
     )

@@ -16,7 +16,9 @@ from phase0_prototype.engine_config import resolve_device, resolve_dtype
 from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.linear import LinearFormat
+from phase0_prototype.loop import Loop
 from phase1_memory import engine as paged
+from phase1_memory.kv_cache import PagedKVCache
 from phase2_rope.deepseek import ARCHITECTURES as EARLIER
 from phase2_rope.deepseek import DeepseekConfig
 from phase2_rope.engine import ROOM as ROPE
@@ -31,7 +33,12 @@ ROOM = __name__.rpartition(".")[0]
 
 
 def build(
-    config: AttentionConfig, use: Use | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+    config: AttentionConfig,
+    use: Use | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    schedule: Callable[[PagedKVCache, Any], Any] | None = None,
+    loop: Callable[..., Any] = Loop,
 ) -> Engine:
     """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1."""
     use = use or Use()
@@ -40,7 +47,8 @@ def build(
         known = EARLIER
         if config.kv_cache_dtype != "auto":
             raise UserError(f"kv_cache_dtype={config.kv_cache_dtype!r} needs phase0=solution: its layers quantise")
-    built = paged.build(config, use, advance, layers=partial(_layers, config, use), architectures=known)
+    layers = partial(_layers, config, use)
+    built = paged.build(config, use, advance, layers=layers, architectures=known, schedule=schedule, loop=loop)
     settle_scales(built.model, resolve_model(config.model))
     return built
 

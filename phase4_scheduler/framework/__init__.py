@@ -1,0 +1,1 @@
+"""Where the learner begins: this phase's parts, right and slow."""
