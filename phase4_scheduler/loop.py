@@ -138,36 +138,28 @@ class AheadLoop(Loop):
 
     def step(self) -> StepTokens:
         """Launch a step, then collect the one before it."""
-        before, launched = self._running, None
-        rejected: tuple[Request, ...] = ()
-        if before is None or self.scheduler.may_run_ahead():
-            with self._span("schedule"):
-                step = self.scheduler.next_step()
-            rejected = step.rejected
-            if step.scheduled:
-                if before is None:
-                    self._since = time.perf_counter()
-                try:
-                    launched = step, self._launch(step, before and before[1])
-                except BaseException:
-                    self._give_up([before[0], step] if before else [step])
-                    raise
-        self._running = launched
-        if before is None:
-            return StepTokens(Step((), rejected))
+        before, step, launched, done = self._running, Step(()), None, None
         try:
-            done = self.executor.collect(before[1])
+            if before is None or self.scheduler.may_run_ahead():
+                with self._span("schedule"):
+                    step = self.scheduler.next_step()
+                if step.scheduled:
+                    if before is None:
+                        self._since = time.perf_counter()
+                    launched = replace(step, rejected=()), self._launch(step, before and before[1])  # they are told now
+            if before is not None:
+                done = self.executor.collect(before[1])
         except BaseException:
-            self._give_up([before[0], launched[0]] if launched else [before[0]])
+            self._running = None
+            self.scheduler.failed([before[0], step] if before else [step])
             raise
+        self._running = launched
+        if done is None:
+            return StepTokens(Step((), step.rejected))
         now = time.perf_counter()
         self._ran(now - self._since)
         self._since = now
-        return self._record(done, rejected)
-
-    def _give_up(self, steps: list[Step]) -> None:
-        self._running = None
-        self.scheduler.failed(steps)
+        return self._record(done, step.rejected)
 
 
 def _ranges() -> Callable[[str], AbstractContextManager[object, None]]:

@@ -17,9 +17,9 @@ device and no clock but the one that it is given.
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -50,6 +50,7 @@ class _Plan:
     """A step that is being put together: nothing that a request says of itself has changed yet."""
 
     budget: int
+    kept: int = 0  # blocks that are left to decodes, which come after prompts
     tokens: dict[str, int] = field(default_factory=dict)  # by request id
     requests: list[Request] = field(default_factory=list)
     pressed: bool = False  # somebody lost blocks: nobody new comes in
@@ -90,6 +91,7 @@ class Scheduler:
         self.kv, self.config, self.swap, self.clock = memory, config, swap, clock
         self.policy = make_policy(config)
         self.spare = math.ceil(config.watermark * memory.tables.num_blocks)
+        self.most = min(config.max_num_seqs, config.max_num_batched_tokens)  # of whom each can have a token every step
         self.queue: list[_Waiting] = []  # by key
         self.running: list[Request] = []
         self.preemptions = self.recomputed_tokens = 0
@@ -97,7 +99,7 @@ class Scheduler:
         self._room: dict[str, int] = {}  # tokens that the blocks of a running request hold
         self._number: dict[str, int] = {}  # of arrival; everybody who has not ended is in it
         self._arrived = 0
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []  # the next first; of nobody who has ended
         self._rejected: list[Request] = []
         self._watchful = 0  # requests whose next token depends on which token came before, beside the model
 
@@ -109,7 +111,7 @@ class Scheduler:
         self._number[request.request_id] = self._arrived
         request.arrival = request.arrival or self.clock()
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, self._arrived, request))
+            bisect.insort(self._deadlines, (request.deadline, self._arrived, request))
         self._watchful += _watches(request)
         self._enqueue(request)
 
@@ -142,7 +144,9 @@ class Scheduler:
         """Seconds in which a step would find nothing to do; 0: it would; None: not before another request comes."""
         if not self.has_unfinished():
             return None
-        return self._held_back(self.clock())
+        now = self.clock()
+        wait = self._held_back(now)
+        return max(0.0, min(wait, self._deadlines[0][0] - now)) if self._deadlines else wait
 
     def may_run_ahead(self) -> bool:
         """Whether the next step can be launched before the tokens of this one are known."""
@@ -156,16 +160,13 @@ class Scheduler:
         self._expire(now)
         plan = _Plan(self.config.max_num_batched_tokens)
         self._make_way()
-        decodes = [r for r in self.running if self._uncomputed(r) == 1]
-        prompts = [r for r in self.running if self._uncomputed(r) > 1]
         if self.config.step_priority == "decode":
-            self._go_on(plan, decodes)
-            self._go_on(plan, prompts)
-            self._admit(plan, now)
+            self._decode(plan)
+            self._prefill(plan, now)
         else:
-            self._go_on(plan, prompts)
-            self._admit(plan, now)
-            self._go_on(plan, decodes)
+            plan.kept = sum(self._may_need_block(r) for r in self.running if self._uncomputed(r) == 1)
+            self._prefill(plan, now)
+            self._decode(plan)
         rejected, self._rejected = self._rejected, []
         return Step(tuple([self._commit(request, plan) for request in plan.requests]), tuple(rejected))
 
@@ -213,6 +214,21 @@ class Scheduler:
         limit = self.config.long_prefill_token_threshold or tokens
         return min(tokens, limit, plan.budget) if self.config.enable_chunked_prefill else tokens
 
+    def _decode(self, plan: _Plan) -> None:
+        """A token of each sequence that generates."""
+        self._go_on(plan, [r for r in self.running if self._uncomputed(r) == 1 and r.request_id not in plan.tokens])
+
+    def _prefill(self, plan: _Plan, now: float) -> None:
+        """Pieces of prompts, of those that run and of those that begin, in the order of the policy."""
+        for request in sorted([r for r in self.running if self._uncomputed(r) > 1], key=self._key):
+            self._admit(plan, now, self._key(request))
+            self._go_on(plan, [request])
+        self._admit(plan, now)
+
+    def _may_need_block(self, request: Request) -> bool:
+        """Whether a sequence that runs may need one for its next token: forks may share the block that is written."""
+        return request.num_computed_tokens >= self._room[request.request_id] or request.params.n > 1
+
     def _go_on(self, plan: _Plan, requests: list[Request]) -> None:
         """The next tokens of sequences that run; where their blocks don't suffice, the last of the order loses its."""
         writes: dict[str, Write] = {}
@@ -222,7 +238,7 @@ class Scheduler:
             name, start = request.request_id, request.num_computed_tokens
             count = self._piece(plan, self._uncomputed(request))
             plan.take(request, count)
-            if start + count > self._room[name] or request.params.n > 1:  # forks may share the block that is written
+            if start + count > self._room[name] or request.params.n > 1:
                 writes[name] = Write(name, start, start + count)
         while writes and not self.kv.reserve(list(writes.values())):
             plan.pressed = True
@@ -231,16 +247,25 @@ class Scheduler:
             writes.pop(victim.request_id, None)
             self._preempt(victim, plan)
         for name, write in writes.items():
-            self._room[name] = self.kv.tables.pages(write.end) * self.kv.tables.page
+            self._room[name] = max(self._room[name], self.kv.tables.pages(write.end) * self.kv.tables.page)
 
-    def _admit(self, plan: _Plan, now: float) -> None:
-        """Those that wait, in the order of the policy, as far as blocks, budget and places allow; nobody is passed."""
+    def _admit(self, plan: _Plan, now: float, before: Key | None = None) -> None:
+        """Those that wait, in the order of the policy, as far as blocks, budget and places allow; nobody is passed.
+
+        With `before`, only those that go before it.
+        """
         if self._held_back(now):
             return
         while self.queue and plan.budget > 0 and not plan.pressed:
             entry = self.queue[0]
             request = entry.requests[0]
-            if request.num_pending or not self._fits(request) or (entry.swapped and not self._arriving(request)):
+            if before is not None and entry.key > before:
+                return
+            if (
+                request.num_pending
+                or not self._fits(request, plan.kept)
+                or (entry.swapped and not self._arriving(request))
+            ):
                 return
             if entry.swapped:
                 self._bring_back(entry, plan)
@@ -255,9 +280,9 @@ class Scheduler:
         places = self._places()
         request, forks = entry.requests[0], entry.requests[1:places]
         self._reserve_all(request)
-        del entry.requests[:places]
-        if not entry.requests:
-            self.queue.pop(0)
+        self.queue.pop(0)
+        if rest := entry.requests[places:]:
+            self._enqueue(*rest)
         if forks:
             self._forks[request.request_id] = forks
         self.running.append(request)
@@ -270,7 +295,7 @@ class Scheduler:
         self.queue.pop(0)
         self._reserve_all(request)
         if not self.swap.back(request):  # lost: the store has said why
-            self.kv.release(request)
+            self._release(request)
             self._forget_computed(request)
             self._enqueue(request)
             return
@@ -295,14 +320,14 @@ class Scheduler:
 
     # --- memory ---
 
-    def _fits(self, request: Request) -> bool:
+    def _fits(self, request: Request, kept: int = 0) -> bool:
         if self._places() < 1:
             return False
-        spare = self.spare if self.running else 0
+        spare = self.spare + kept if self.running else 0
         return self.kv.tables.pages(request.num_tokens) + spare <= self.kv.num_free
 
     def _places(self) -> int:
-        return self.config.max_num_seqs - len(self.running) - sum(map(len, self._forks.values()))
+        return self.most - len(self.running) - sum(map(len, self._forks.values()))
 
     def _arriving(self, request: Request) -> bool:
         """Whether its swapped blocks can be had; where nothing else runs, waiting for them is no loss."""
@@ -320,18 +345,22 @@ class Scheduler:
         if not self.policy.preemptive or self.config.preemption == "reject" or not self.queue:
             return
         entry = self.queue[0]
-        if entry.requests[0].num_pending:
+        request = entry.requests[0]
+        if request.num_pending or (entry.swapped and not self._arriving(request)):
             return
         behind = sorted((r for r in self.running if self._key(r) > entry.key), key=self._key)
-        free = self.kv.num_free + sum(self._held(r) for r in behind)
-        if not behind or self.kv.tables.pages(entry.requests[0].num_tokens) + self.spare > free:
+        free = self.kv.num_free + self._held(behind)
+        if not behind or self.kv.tables.pages(request.num_tokens) + self.spare > free:
             return
-        while behind and not self._fits(entry.requests[0]):
+        while behind and not self._fits(request):
             self._preempt(behind.pop())
 
-    def _held(self, request: Request) -> int:
-        """Blocks that are surely free when it goes: those that it shares with forks may not be."""
-        return 0 if request.params.n > 1 else len(self.kv.tables.tables[request.request_id])
+    def _held(self, requests: list[Request]) -> int:
+        """Blocks that are free when all of these go: forks that stay keep what they share."""
+        tables = self.kv.tables
+        alone = sum(len(tables.tables[r.request_id]) for r in requests if r.params.n == 1)
+        shared = Counter(b for r in requests if r.params.n > 1 for b in tables.tables[r.request_id])
+        return alone + sum(tables.references[block] == count for block, count in shared.items())
 
     def _preempt(self, request: Request, plan: _Plan | None = None) -> None:
         """Take everything from a running sequence."""
@@ -397,7 +426,9 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """A request that has ended is nowhere any more."""
-        del self._number[request.request_id]
+        number = self._number.pop(request.request_id)
+        if request.deadline is not None:
+            del self._deadlines[bisect.bisect_left(self._deadlines, (request.deadline, number), key=_due)]
         self._watchful -= _watches(request)
         if request in self.running:
             self.running.remove(request)
@@ -407,11 +438,11 @@ class Scheduler:
             return
         for entry in self.queue:
             if request in entry.requests:
-                entry.requests.remove(request)
+                self.queue.remove(entry)
                 if entry.swapped and self.swap is not None:
                     self.swap.drop(request)
-                if not entry.requests:
-                    self.queue.remove(entry)
+                if rest := [other for other in entry.requests if other is not request]:
+                    self._enqueue(*rest)
                 return
         for forks in self._forks.values():
             if request in forks:
@@ -419,11 +450,10 @@ class Scheduler:
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if request.finish_reason is None:
-                request.finish_reason, request.stop_reason = "abort", LATE
-                self._leave(request)
-                self._rejected.append(request)
+            request = self._deadlines[0][2]
+            request.finish_reason, request.stop_reason = "abort", LATE
+            self._leave(request)
+            self._rejected.append(request)
 
     def _held_back(self, now: float) -> float:
         """Seconds for which an idle engine lets requests gather."""
@@ -436,6 +466,10 @@ class Scheduler:
         return max(0.0, min(r.arrival for r in waiting) + wait - now)
 
 
+def _due(entry: tuple[float, int, Request]) -> tuple[float, int]:
+    return entry[:2]
+
+
 def _watches(request: Request) -> bool:
     params = request.params
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
@@ -446,5 +480,5 @@ def _same_prompt(request: Request, other: Request) -> bool:
     return (
         bool(request.group)
         and request.group == other.group
-        and not (request.output_token_ids or other.output_token_ids)
+        and not (request.output_token_ids or other.output_token_ids or request.num_pending or other.num_pending)
     )

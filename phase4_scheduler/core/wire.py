@@ -21,7 +21,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     """One message."""
 
 
-class Add(_Message, tag="add"):
+class Add(_Message, frozen=True, tag="add"):
     """A prompt to be continued.
 
     Attributes:
@@ -41,7 +41,7 @@ class Add(_Message, tag="add"):
     timeout: float | None = None
 
 
-class Abort(_Message, tag="abort"):
+class Abort(_Message, frozen=True, tag="abort"):
     """These requests are of no interest any more: the client has told their readers so, and hears no more of them.
 
     An id is that of a prompt, or "id.index" for one of its n > 1 sequences. What is unknown or has ended is ignored.
@@ -51,7 +51,7 @@ class Abort(_Message, tag="abort"):
     reason: str = "abort"
 
 
-class Ranked(_Message):
+class Ranked(_Message, frozen=True):
     """Log-probabilities at one position: the token that stands there, then the most likely ones, best first."""
 
     token_id: int
@@ -61,7 +61,7 @@ class Ranked(_Message):
     top_logprobs: list[float]
 
 
-class Delta(_Message):
+class Delta(_Message, frozen=True):
     """What a step adds to one sequence.
 
     Attributes:
@@ -87,7 +87,7 @@ class Delta(_Message):
     preemptions: int = 0
 
 
-class Stats(_Message):
+class Stats(_Message, frozen=True):
     """The engine at one moment. Counters run from its start.
 
     Attributes:
@@ -120,14 +120,14 @@ class Stats(_Message):
     largest_step_seconds: float = 0.0
 
 
-class Outputs(_Message, tag="outputs"):
+class Outputs(_Message, frozen=True, tag="outputs"):
     """The deltas of a step. `stats` come ten times a second while steps run, else twice."""
 
     deltas: list[Delta]
     stats: Stats | None = None
 
 
-class Info(_Message):
+class Info(_Message, frozen=True):
     """What the client must know of a model that is ready."""
 
     model: str
@@ -145,7 +145,7 @@ class Info(_Message):
     described: str = ""  # which parts of the course run, as commands print it
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """The engine is ready. Seconds since its process started."""
 
     info: Info
@@ -153,20 +153,20 @@ class Hello(_Message, tag="hello"):
     seconds: float
 
 
-class Pulse(_Message, tag="pulse"):
-    """The step loop turned: sent by the loop itself, never by a side thread, twice a second, and after a longer step."""
+class Pulse(_Message, frozen=True, tag="pulse"):
+    """The step loop turned. Sent by the loop itself, not by a side thread: twice a second, and after a longer step."""
 
     steps: int
 
 
-class Fault(_Message, tag="fault"):
+class Fault(_Message, frozen=True, tag="fault"):
     """The engine ends. `is_user_error`: the message is one line for the user, and starting again won't help."""
 
     message: str
     is_user_error: bool = False
 
 
-class Stop(_Message, tag="stop"):
+class Stop(_Message, frozen=True, tag="stop"):
     """End now: running requests are aborted."""
 
 

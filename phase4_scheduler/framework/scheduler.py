@@ -1,68 +1,28 @@
-"""Continuous batching: every step is made anew, of whatever can run, under one budget of tokens.
+"""Static batches: a batch is taken, computed to its last token, and only then comes the next.
 
-A step takes tokens until `max_num_batched_tokens` are together: one of each sequence that generates, and of prompts as
-many as there is room for. A prompt that is longer goes in pieces, between the tokens of the others, which therefore
-never wait for it (Sarathi-Serve, Agrawal et al., OSDI 2024); a sequence that ends gives its place to the next one at
-once (Orca, Yu et al., OSDI 2022). There is no phase of prompts and none of decodes: a request has tokens that are not
-computed yet, one or many.
-
-Who goes first is for a policy to say (policies.py). Where blocks run out the last of its order gives its own up, to be
-computed again or brought back; where the policy is preemptive, so does whoever runs behind somebody that waits.
+A request enters when all tokens that it could ever have fit into free blocks, and keeps them. Prompts run whole, then
+everybody generates. Nothing can go wrong afterwards: nobody runs out of memory, nobody is ever interrupted. Meanwhile
+places stand empty, and whoever came a moment too late waits for the longest answer of the batch.
 
 The scheduler never waits for a step. It notes what a step will have computed when it decides on it, and that a token is
-coming (`Request.num_pending`), so it can decide on the next one while this one runs (loop.py). It knows no model, no
-device and no clock but the one that it is given.
+coming (`Request.num_pending`), so that a loop may ask for the next one while this one runs (loop.py). It knows no
+model, no device and no clock but the one that it is given.
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from phase0_prototype.request import Request
 from phase0_prototype.step import NO_TOKEN, ScheduledRequest, Step
 from phase1_memory.runs import Write
 from phase4_scheduler.memory import Memory, Swap
-from phase4_scheduler.policies import make_policy
 from phase4_scheduler.scheduler_config import SchedulerConfig
 
-REJECTED = "out of KV blocks"  # stop_reason of a sequence that was ended because there was no memory
-LATE = "deadline"  # and of one whose time was over
+from .policies import make_policy
 
-Key = tuple[float, int]
-
-
-@dataclass(order=True)
-class _Waiting:
-    """Requests with one prompt, in the order of the queue; `swapped` ones are alone and have their tokens elsewhere."""
-
-    key: Key
-    requests: list[Request] = field(compare=False)
-    swapped: bool = field(default=False, compare=False)
-
-
-@dataclass
-class _Plan:
-    """A step that is being put together: nothing that a request says of itself has changed yet."""
-
-    budget: int
-    tokens: dict[str, int] = field(default_factory=dict)  # by request id
-    requests: list[Request] = field(default_factory=list)
-    pressed: bool = False  # somebody lost blocks: nobody new comes in
-
-    def take(self, request: Request, count: int) -> None:
-        self.tokens[request.request_id] = count
-        self.requests.append(request)
-        self.budget -= count
-
-    def drop(self, request: Request) -> None:
-        if request.request_id in self.tokens:
-            self.budget += self.tokens.pop(request.request_id)
-            self.requests.remove(request)
+LATE = "deadline"  # stop_reason of a sequence whose time was over
 
 
 class Scheduler:
@@ -89,33 +49,23 @@ class Scheduler:
     ) -> None:
         self.kv, self.config, self.swap, self.clock = memory, config, swap, clock
         self.policy = make_policy(config)
-        self.spare = math.ceil(config.watermark * memory.tables.num_blocks)
-        self.queue: list[_Waiting] = []  # by key
+        self.queue: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = self.recomputed_tokens = 0
-        self._forks: dict[str, list[Request]] = {}  # of a prompt that is being computed: who begins where it ends
-        self._room: dict[str, int] = {}  # tokens that the blocks of a running request hold
-        self._number: dict[str, int] = {}  # of arrival; everybody who has not ended is in it
-        self._arrived = 0
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._rejected: list[Request] = []
-        self._watchful = 0  # requests whose next token depends on which token came before, beside the model
+        self._rejected: list[Request] = []  # ended without a token: the next step names them
 
     # --- requests come and go ---
 
     def add(self, request: Request) -> None:
         """Queue a request. Those of one group that come one after the other share their prompt."""
-        self._arrived += 1
-        self._number[request.request_id] = self._arrived
+        # TASK 4.1: sequences of one group have the same prompt: compute it once (`ScheduledRequest.forks`). Here each
+        # computes it for itself.
         request.arrival = request.arrival or self.clock()
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, self._arrived, request))
-        self._watchful += _watches(request)
         self._enqueue(request)
 
     def abort(self, request: Request, reason: str = "abort") -> None:
         """End a request now, wherever it is, and free what it holds. One that has ended already is left alone."""
-        if request.request_id in self._number:
+        if request in self.running or request in self.queue:
             request.finish_reason = request.finish_reason or reason
             self._leave(request)
 
@@ -126,48 +76,42 @@ class Scheduler:
     @property
     def waiting(self) -> list[Request]:
         """In the order of the queue, sequences that wait for their prompt's blocks or for their own to come back."""
-        return [request for entry in self.queue for request in entry.requests]
+        return list(self.queue)
 
     @property
     def num_swapped(self) -> int:
         """Sequences whose blocks are elsewhere."""
-        return sum(entry.swapped for entry in self.queue)
+        return 0
 
     def backlog_tokens(self) -> int:
         """Tokens of prompts that are not computed yet."""
-        queued = sum(entry.requests[0].num_new_tokens for entry in self.queue if not entry.swapped)
-        return queued + sum(max(0, len(r.prompt_token_ids) - r.num_computed_tokens) for r in self.running)
+        return sum(max(0, len(r.prompt_token_ids) - r.num_computed_tokens) for r in (*self.queue, *self.running))
 
     def idle_for(self) -> float | None:
         """Seconds in which a step would find nothing to do; 0: it would; None: not before another request comes."""
-        if not self.has_unfinished():
-            return None
-        return self._held_back(self.clock())
+        # TASK 4.1: dynamic batching: an idle engine waits for company, `batch_size` requests or `batch_wait` seconds.
+        return 0.0 if self.has_unfinished() else None
 
     def may_run_ahead(self) -> bool:
         """Whether the next step can be launched before the tokens of this one are known."""
-        return not self._watchful
+        penalties = (r.params for r in self.running)
+        return not any(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 for p in penalties)
 
     # --- steps ---
 
     def next_step(self) -> Step:
         """What to compute now. Its requests count as computed from here on: call `finish`, or `failed`."""
-        now = self.clock()
-        self._expire(now)
-        plan = _Plan(self.config.max_num_batched_tokens)
-        self._make_way()
-        decodes = [r for r in self.running if self._uncomputed(r) == 1]
-        prompts = [r for r in self.running if self._uncomputed(r) > 1]
-        if self.config.step_priority == "decode":
-            self._go_on(plan, decodes)
-            self._go_on(plan, prompts)
-            self._admit(plan, now)
-        else:
-            self._go_on(plan, prompts)
-            self._admit(plan, now)
-            self._go_on(plan, decodes)
+        self._expire()
+        # TASK 4.1: make every step anew, under one budget of `max_num_batched_tokens`: a token of each sequence that
+        # generates, and of prompts as much as there is room for, in pieces. Who ends leaves its place to the next at
+        # once. Reserve what a step needs, not what an answer might need one day; then blocks can run out between two
+        # tokens: take those of the last in the order away (`preemption`), and compute them again or bring them back.
+        if not self.running:
+            self._next_batch()
+        prompts = [r for r in self.running if r.num_computed_tokens == 0]
+        chosen = self._whole_prompts(prompts) if prompts else [r for r in self.running if self._uncomputed(r)]
         rejected, self._rejected = self._rejected, []
-        return Step(tuple([self._commit(request, plan) for request in plan.requests]), tuple(rejected))
+        return Step(tuple([self._commit(request) for request in chosen]), tuple(rejected))
 
     def finish(self, step: Step, tokens: list[list[int]]) -> list[Request]:
         """Record what a step chose; returns the requests that ended.
@@ -196,11 +140,33 @@ class Scheduler:
         for step in steps:
             self._rejected += step.rejected
             for request in step.requests:
-                request.num_pending = 0
-                if request.finish_reason is None:
-                    self._begin_anew(request)
+                if request in self.running:
+                    self.recomputed_tokens += request.num_computed_tokens
+                    request.num_computed_tokens = request.num_pending = 0
+                    self._leave(request)
+                    self._enqueue(request)
 
     # --- what a step is made of ---
+
+    def _next_batch(self) -> None:
+        """As many as there are places, and blocks for their longest answers."""
+        while self.queue and len(self.running) < self.config.max_num_seqs:
+            request = self.queue[0]
+            longest = len(request.prompt_token_ids) + request.max_tokens
+            if not self.kv.reserve([Write(request.request_id, 0, longest)]):
+                return
+            self.running.append(self.queue.pop(0))
+
+    def _whole_prompts(self, prompts: list[Request]) -> list[Request]:
+        """Prompts are not cut: one that is longer than the budget runs alone."""
+        chosen: list[Request] = []
+        budget = self.config.max_num_batched_tokens
+        for request in prompts:
+            if chosen and request.num_new_tokens > budget:
+                break
+            chosen.append(request)
+            budget -= request.num_new_tokens
+        return chosen
 
     def _uncomputed(self, request: Request) -> int:
         """Tokens that a running request can have computed now."""
@@ -208,243 +174,32 @@ class Scheduler:
             return 0  # its last token is on the way
         return request.num_tokens + request.num_pending - request.num_computed_tokens
 
-    def _piece(self, plan: _Plan, tokens: int) -> int:
-        """How many of a request's tokens fit into the step."""
-        limit = self.config.long_prefill_token_threshold or tokens
-        return min(tokens, limit, plan.budget) if self.config.enable_chunked_prefill else tokens
-
-    def _go_on(self, plan: _Plan, requests: list[Request]) -> None:
-        """The next tokens of sequences that run; where their blocks don't suffice, the last of the order loses its."""
-        writes: dict[str, Write] = {}
-        for request in requests:
-            if plan.budget < 1:
-                break
-            name, start = request.request_id, request.num_computed_tokens
-            count = self._piece(plan, self._uncomputed(request))
-            plan.take(request, count)
-            if start + count > self._room[name] or request.params.n > 1:  # forks may share the block that is written
-                writes[name] = Write(name, start, start + count)
-        while writes and not self.kv.reserve(list(writes.values())):
-            plan.pressed = True
-            victim = max(self.running, key=self._key)
-            assert len(self.running) > 1, "a sequence is larger than the memory"
-            writes.pop(victim.request_id, None)
-            self._preempt(victim, plan)
-        for name, write in writes.items():
-            self._room[name] = self.kv.tables.pages(write.end) * self.kv.tables.page
-
-    def _admit(self, plan: _Plan, now: float) -> None:
-        """Those that wait, in the order of the policy, as far as blocks, budget and places allow; nobody is passed."""
-        if self._held_back(now):
-            return
-        while self.queue and plan.budget > 0 and not plan.pressed:
-            entry = self.queue[0]
-            request = entry.requests[0]
-            if request.num_pending or not self._fits(request) or (entry.swapped and not self._arriving(request)):
-                return
-            if entry.swapped:
-                self._bring_back(entry, plan)
-                continue
-            count = self._piece(plan, request.num_tokens)
-            if count > plan.budget and plan.requests:  # a whole prompt, in a step of its own
-                return
-            self._take_in(entry, count, plan)
-
-    def _take_in(self, entry: _Waiting, count: int, plan: _Plan) -> None:
-        """A prompt begins: all of its blocks are its own from now on, so that it can't get stuck half-way."""
-        places = self._places()
-        request, forks = entry.requests[0], entry.requests[1:places]
-        self._reserve_all(request)
-        del entry.requests[:places]
-        if not entry.requests:
-            self.queue.pop(0)
-        if forks:
-            self._forks[request.request_id] = forks
-        self.running.append(request)
-        plan.take(request, count)
-
-    def _bring_back(self, entry: _Waiting, plan: _Plan) -> None:
-        """A swapped sequence gets blocks again, and its tokens into them."""
-        assert self.swap is not None
-        request = entry.requests[0]
-        self.queue.pop(0)
-        self._reserve_all(request)
-        if not self.swap.back(request):  # lost: the store has said why
-            self.kv.release(request)
-            self._forget_computed(request)
-            self._enqueue(request)
-            return
-        self.running.append(request)
-        plan.take(request, self._piece(plan, self._uncomputed(request)))
-
-    def _commit(self, request: Request, plan: _Plan) -> ScheduledRequest:
-        """What the step will have done is noted now; forks begin where the prompt ends."""
-        start, count = request.num_computed_tokens, plan.tokens[request.request_id]
-        complete = start + count >= request.num_tokens
-        forks = tuple(self._forks.pop(request.request_id, ())) if complete else ()
-        scheduled = ScheduledRequest(request, start, count, forks, max(0, start + count - request.num_tokens))
+    def _commit(self, request: Request) -> ScheduledRequest:
+        """What the step will have done is noted now."""
+        start, count = request.num_computed_tokens, self._uncomputed(request)
+        scheduled = ScheduledRequest(request, start, count, pending=max(0, start + count - request.num_tokens))
         request.num_computed_tokens = start + count
-        if scheduled.samples:
-            request.num_pending += 1
-            for fork in forks:
-                self.kv.fork(request, fork)
-                self._room[fork.request_id] = self._room[request.request_id]
-                fork.num_pending += 1
-                self.running.append(fork)
+        request.num_pending += 1
         return scheduled
 
-    # --- memory ---
+    # --- in and out ---
 
-    def _fits(self, request: Request) -> bool:
-        if self._places() < 1:
-            return False
-        spare = self.spare if self.running else 0
-        return self.kv.tables.pages(request.num_tokens) + spare <= self.kv.num_free
-
-    def _places(self) -> int:
-        return self.config.max_num_seqs - len(self.running) - sum(map(len, self._forks.values()))
-
-    def _arriving(self, request: Request) -> bool:
-        """Whether its swapped blocks can be had; where nothing else runs, waiting for them is no loss."""
-        assert self.swap is not None
-        return self.swap.ready(request) or not self.running
-
-    def _reserve_all(self, request: Request) -> None:
-        name, end = request.request_id, request.num_tokens
-        made = self.kv.reserve([Write(name, 0, end)])
-        assert made, "admitted more than is free"
-        self._room[name] = self.kv.tables.pages(end) * self.kv.tables.page
-
-    def _make_way(self) -> None:
-        """Preempt what runs behind the first of the queue, if that makes room for it."""
-        if not self.policy.preemptive or self.config.preemption == "reject" or not self.queue:
-            return
-        entry = self.queue[0]
-        if entry.requests[0].num_pending:
-            return
-        behind = sorted((r for r in self.running if self._key(r) > entry.key), key=self._key)
-        free = self.kv.num_free + sum(self._held(r) for r in behind)
-        if not behind or self.kv.tables.pages(entry.requests[0].num_tokens) + self.spare > free:
-            return
-        while behind and not self._fits(entry.requests[0]):
-            self._preempt(behind.pop())
-
-    def _held(self, request: Request) -> int:
-        """Blocks that are surely free when it goes: those that it shares with forks may not be."""
-        return 0 if request.params.n > 1 else len(self.kv.tables.tables[request.request_id])
-
-    def _preempt(self, request: Request, plan: _Plan | None = None) -> None:
-        """Take everything from a running sequence."""
-        if plan is not None:
-            plan.drop(request)
-        if self.config.preemption == "reject":
-            request.finish_reason, request.stop_reason = "abort", REJECTED
-            self._leave(request)
-            self._rejected.append(request)
-            return
-        self.preemptions += 1
-        request.preemptions += 1
-        if self.swap is not None and request.request_id not in self._forks and self.swap.out(request):
-            self.running.remove(request)
-            self._release(request)
-            bisect.insort(self.queue, _Waiting(self._key(request), [request], swapped=True))
-            return
-        self._recompute(request)
-
-    def _recompute(self, request: Request) -> None:
-        """From running to waiting, with nothing computed; forks that had not begun go with it."""
-        self.running.remove(request)
-        self._release(request)
-        self._forget_computed(request)
-        self._enqueue(request, *self._forks.pop(request.request_id, ()))
-
-    def _begin_anew(self, request: Request) -> None:
-        """Compute everything again, whether it runs or is swapped; one that waits has nothing computed."""
-        if request in self.running:
-            self._recompute(request)
-            return
-        entry = next((e for e in self.queue if e.swapped and request in e.requests), None)
-        if entry is not None and self.swap is not None:
-            self.queue.remove(entry)
-            self.swap.drop(request)
-            self._forget_computed(request)
-            self._enqueue(request)
-
-    def _forget_computed(self, request: Request) -> None:
-        self.recomputed_tokens += request.num_computed_tokens
-        request.num_computed_tokens = 0
-
-    def _release(self, request: Request) -> None:
-        self.kv.release(request)
-        self._room.pop(request.request_id, None)
-
-    # --- the queue ---
-
-    def _key(self, request: Request) -> Key:
-        return self.policy.key(request), self._number[request.request_id]
-
-    def _enqueue(self, request: Request, *others: Request) -> None:
-        """By the policy's order; what has nothing but its prompt joins the rest of its group, if that is next."""
-        entry = _Waiting(self._key(request), [request, *others])
-        place = bisect.bisect(self.queue, entry)
-        for neighbour in self.queue[max(0, place - 1) : place + 1]:
-            if not neighbour.swapped and _same_prompt(neighbour.requests[0], request):
-                neighbour.requests += entry.requests
-                neighbour.requests.sort(key=lambda r: self._number[r.request_id])
-                neighbour.key = self._key(neighbour.requests[0])
-                return
-        self.queue.insert(place, entry)
+    def _enqueue(self, request: Request) -> None:
+        self.queue.append(request)
+        self.queue.sort(key=self.policy.key)  # equal keys stay in the order in which they came
 
     def _leave(self, request: Request) -> None:
-        """A request that has ended is nowhere any more."""
-        del self._number[request.request_id]
-        self._watchful -= _watches(request)
+        """Out of the queue, or out of the batch with its blocks."""
         if request in self.running:
             self.running.remove(request)
-            self._release(request)
-            if forks := self._forks.pop(request.request_id, None):  # its prompt was theirs
-                self._enqueue(*forks)
-            return
-        for entry in self.queue:
-            if request in entry.requests:
-                entry.requests.remove(request)
-                if entry.swapped and self.swap is not None:
-                    self.swap.drop(request)
-                if not entry.requests:
-                    self.queue.remove(entry)
-                return
-        for forks in self._forks.values():
-            if request in forks:
-                forks.remove(request)
+            self.kv.release(request)
+        else:
+            self.queue.remove(request)
 
-    def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if request.finish_reason is None:
+    def _expire(self) -> None:
+        now = self.clock()
+        for request in [*self.queue, *self.running]:
+            if request.deadline is not None and request.deadline <= now:
                 request.finish_reason, request.stop_reason = "abort", LATE
                 self._leave(request)
                 self._rejected.append(request)
-
-    def _held_back(self, now: float) -> float:
-        """Seconds for which an idle engine lets requests gather."""
-        wait = self.config.batch_wait
-        if not wait or self.running or self._rejected or not self.queue:
-            return 0.0
-        waiting = self.waiting
-        if len(waiting) >= self.config.batch_size or any(r.num_computed_tokens for r in waiting):
-            return 0.0
-        return max(0.0, min(r.arrival for r in waiting) + wait - now)
-
-
-def _watches(request: Request) -> bool:
-    params = request.params
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
-
-
-def _same_prompt(request: Request, other: Request) -> bool:
-    """Whether the two are of one group and have nothing but their prompt."""
-    return (
-        bool(request.group)
-        and request.group == other.group
-        and not (request.output_token_ids or other.output_token_ids)
-    )

@@ -1,0 +1,1 @@
+"""What talks HTTP and says no: where the learner begins."""
