@@ -28,7 +28,7 @@ class Batch:
         logits_rows: [R] int64, tokens (indices into T) whose logits are wanted.
         query_lens, kv_lens, blocks: the same numbers on the host, so that planning never waits for the device.
         prompt_lens: tokens of each sequence's prompt.
-        only_last: whether `logits_rows` are the last tokens of all sequences, one each.
+        last: sequences whose last token `logits_rows` names, where it names nothing else; None: it does.
     """
 
     token_ids: Tensor
@@ -42,7 +42,7 @@ class Batch:
     kv_lens: tuple[int, ...]
     prompt_lens: tuple[int, ...]
     blocks: tuple[tuple[int, ...], ...]
-    only_last: bool = False
+    last: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +69,8 @@ class Batch:
         slots: list[int] = []
         starts = [0]
         wanted: list[int] = []
-        for scheduled, table in zip(step.scheduled, blocks, strict=True):
+        last: list[int] = []
+        for seq, (scheduled, table) in enumerate(zip(step.scheduled, blocks, strict=True)):
             token_ids += scheduled.request.tokens(scheduled.start, scheduled.end)
             token_ids += (0,) * scheduled.pending  # not known yet: the executor writes it
             positions += range(scheduled.start, scheduled.end)
@@ -80,6 +81,7 @@ class Batch:
                 wanted += range(starts[-1], starts[-1] + scheduled.num_tokens)
             elif scheduled.samples:
                 wanted.append(starts[-1] + scheduled.num_tokens - 1)
+                last.append(seq)
             starts.append(starts[-1] + scheduled.num_tokens)
         kv_lens = [s.end for s in step.scheduled]
         width = max(map(len, blocks))
@@ -101,25 +103,30 @@ class Batch:
             tuple(kv_lens),
             tuple(len(s.request.prompt_token_ids) for s in step.scheduled),
             tuple(blocks),
-            wanted == [end - 1 for end in starts[1:]],
+            tuple(last) if len(last) == len(wanted) else None,
         )
 
     def last_tokens(self) -> Batch:
-        """The last token of every sequence alone, as if the others had been computed before; needs `only_last`."""
-        assert self.only_last
-        rows = self.logits_rows
-        counts = torch.arange(self.num_seqs + 1, device=rows.device)
+        """The last tokens that are wanted, as if all others had been computed before; needs `last`."""
+        assert self.last
+        rows, size = self.logits_rows, len(self.last)
+        counts = torch.arange(size + 1, device=rows.device)
+        seq_lens, tables, hosted = self.seq_lens, self.block_tables, (self.kv_lens, self.prompt_lens, self.blocks)
+        if size < self.num_seqs:
+            which = torch.tensor(self.last, device=rows.device)
+            seq_lens, tables = seq_lens[which], tables[which]
+        kv_lens, prompt_lens, blocks = (tuple(one[i] for i in self.last) for one in hosted)
         return Batch(
             self.token_ids[rows],
             self.positions[rows],
             self.slot_mapping[rows],
             counts,
-            self.seq_lens,
-            self.block_tables,
+            seq_lens,
+            tables,
             counts[:-1],
-            (1,) * self.num_seqs,
-            self.kv_lens,
-            self.prompt_lens,
-            self.blocks,
-            True,
+            (1,) * size,
+            kv_lens,
+            prompt_lens,
+            blocks,
+            tuple(range(size)),
         )

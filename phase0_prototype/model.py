@@ -87,12 +87,12 @@ class DecoderModel(nn.Module):
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Logits [R, V] of the batch's `logits_rows`, in the model's dtype."""
         plan = self.backend.plan(batch, self.windows, kv.block_size)
-        last = self._last_layer(batch, plan, kv) if batch.only_last and batch.num_tokens > batch.num_seqs else None
+        last = self._last_layer(batch, plan, kv) if batch.last and batch.num_tokens > len(batch.last) else None
         return self.compute(batch.token_ids, self.rotary.places(batch), batch.logits_rows, plan, kv, last)
 
     def _last_layer(self, batch: Batch, plan: AttentionPlan, kv: KVCache) -> AttentionPlan | None:
-        """A plan of the sequences' last tokens: of the last layer's output nothing else is used. It writes the keys and
-        values of all. None where they can't be attended to in one call."""
+        """A plan of the last tokens that are wanted: nothing else of the last layer's output is used. It writes keys
+        and values of all. None where they can't be attended to in one call."""
         found = self.backend.plan(batch.last_tokens(), self.windows, kv.block_size)
         return None if found.sequences else replace(found, slots=plan.slots)
 

@@ -203,7 +203,7 @@ def test_where_no_length_matters_positions_are_the_rows(kind):
 @pytest.mark.parametrize("kind", TYPES)
 def test_last_tokens_of_a_batch_have_their_own_rows(kind):
     rotary, batch = make(kind), batch_of((70, 0, 70), (8, 0, 8), (5, 99, 1))
-    batch = replace(batch, only_last=True, logits_rows=torch.tensor([69, 77, 78]))
+    batch = replace(batch, last=(0, 1, 2), logits_rows=torch.tensor([69, 77, 78]))
     assert torch.equal(rows(rotary, batch.last_tokens()), rows(rotary, batch)[[69, 77, 78]])
 
 
