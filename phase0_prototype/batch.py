@@ -111,11 +111,10 @@ class Batch:
         assert self.last
         rows, size = self.logits_rows, len(self.last)
         counts = torch.arange(size + 1, device=rows.device)
-        seq_lens, tables, hosted = self.seq_lens, self.block_tables, (self.kv_lens, self.prompt_lens, self.blocks)
+        seq_lens, tables = self.seq_lens, self.block_tables
         if size < self.num_seqs:
             which = torch.tensor(self.last, device=rows.device)
             seq_lens, tables = seq_lens[which], tables[which]
-        kv_lens, prompt_lens, blocks = (tuple(one[i] for i in self.last) for one in hosted)
         return Batch(
             self.token_ids[rows],
             self.positions[rows],
@@ -125,8 +124,8 @@ class Batch:
             tables,
             counts[:-1],
             (1,) * size,
-            kv_lens,
-            prompt_lens,
-            blocks,
+            tuple(self.kv_lens[i] for i in self.last),
+            tuple(self.prompt_lens[i] for i in self.last),
+            tuple(self.blocks[i] for i in self.last),
             tuple(range(size)),
         )

@@ -129,7 +129,8 @@ class AsyncLLM:
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self._loading)
-                await self._settled.wait()
+                if self._failure is None:
+                    await self._settled.wait()
         except TimeoutError:
             raise EngineError(
                 f"the engine was not ready within {timeout:g} s", self._supervisor.retry_after()
@@ -271,5 +272,8 @@ class AsyncLLM:
             self._failure = error
 
     def _refusal(self) -> EngineError:
-        why = f": {self._supervisor.failure}" if self.state == "broken" and self._supervisor.failure else ""
+        failure = self._failure or self._supervisor.failure
+        why = f": {failure}" if self.state == "broken" and failure is not None else ""
+        if self._failure is not None:
+            return EngineError(f"the engine is {self.state}{why}")
         return EngineError(f"the engine is {self.state}{why}", self._supervisor.retry_after())

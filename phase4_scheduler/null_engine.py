@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from module0_profiling.course.parts import Use, resolve
 from phase0_prototype.errors import UserError
 from phase0_prototype.tokenizer import load_tokenizer
 from phase1_memory.allocator import make_allocator
-from phase4_scheduler.loop import AheadLoop, Loop
 from phase4_scheduler.memory import CountedMemory, CountedSwap
 from phase4_scheduler.null_executor import NullExecutor
-from phase4_scheduler.scheduler import Scheduler
 from phase4_scheduler.scheduler_config import SchedulerConfig
 
+if TYPE_CHECKING:
+    from phase4_scheduler.loop import Loop
+
+ROOM = __name__.rpartition(".")[0]
 NULL = "null"  # the model's name
 TEXT = "def greet(name):\n    return f'¡Hola, {name}! 你好 👋'\n\n\n"  # characters of one to four bytes
 TOKENIZER = Path(__file__).resolve().parent.parent / "phase0_prototype" / "models" / "titan-tiny"
@@ -99,14 +102,15 @@ class NullEngine:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def build_null(settings: dict[str, Any]) -> NullEngine:
-    """Assemble it. Raises UserError for impossible settings."""
-    config = NullConfig.of(settings)
+def build_null(settings: dict[str, Any], use: Use | None = None) -> NullEngine:
+    """Assemble it, of the parts that `use` says. Raises UserError for impossible settings."""
+    config, use = NullConfig.of(settings), use or Use()
+    loops = resolve(ROOM, "loop", use)
     tokenizer = load_tokenizer(TOKENIZER)
     assert tokenizer is not None, "the shipped model has a tokenizer"
     memory = CountedMemory(make_allocator(config.blocks), config.block_size)
     swap = CountedSwap(memory, config.swap_blocks) if config.scheduling.preemption == "swap" else None
-    scheduler = Scheduler(memory, config.scheduling, swap)
+    scheduler = resolve(ROOM, "scheduler", use).Scheduler(memory, config.scheduling, swap)
     executor = NullExecutor(config.step_seconds, config.token_seconds, tokenizer.encode(TEXT))
-    loop = Loop if config.async_scheduling == "off" else AheadLoop
+    loop = loops.Loop if config.async_scheduling == "off" else loops.AheadLoop
     return NullEngine(loop(scheduler, executor), config, tokenizer.vocab_size)

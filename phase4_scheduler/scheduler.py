@@ -346,7 +346,7 @@ class Scheduler:
             return
         entry = self.queue[0]
         request = entry.requests[0]
-        if request.num_pending or (entry.swapped and not self._arriving(request)):
+        if request.num_pending:
             return
         behind = sorted((r for r in self.running if self._key(r) > entry.key), key=self._key)
         free = self.kv.num_free + self._held(behind)

@@ -1,7 +1,8 @@
 """What a gate needs from the machine, and why it is absent.
 
 A need is `cpu`, `amx` (an Intel CPU with matrix units), `cuda`, `cuda:N` (N devices), `triton`, `nvcc`, `nvrtc` (or
-nvcc), `compiler` (a host C++ compiler), `rust`, or the name of a Python package; several are joined by commas.
+nvcc), `compiler` (a host C++ compiler), `rust`, `vllm-peer` (vLLM in an environment of its own: the interpreter that
+TITAN_VLLM_PYTHON names, or .peers/vllm/bin/python), or the name of a Python package; several are joined by commas.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from module0_profiling.course.errors import CourseError
 from module0_profiling.device import detect
 from module0_profiling.gpu_tools import find_nvrtc
 
-NEED = re.compile(r"cuda:[1-9]\d*|[a-z_][a-z0-9_.]*")
+NEED = re.compile(r"cuda:[1-9]\d*|[a-z_][a-z0-9_.-]*")
 
 
 def split(needs: str) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ def split(needs: str) -> tuple[str, ...]:
     found = tuple(need.strip() for need in needs.split(","))
     for need in found:
         if not NEED.fullmatch(need):
-            known = "cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler, rust or a Python package"
+            known = "cpu, amx, cuda, cuda:N, triton, nvcc, nvrtc, compiler, rust, vllm-peer or a Python package"
             raise CourseError(f"needs {need!r} is not {known}")
     return found
 
@@ -50,6 +51,10 @@ def _absent(need: str) -> str | None:
         "nvcc": (_nvcc, "needs nvcc, there is none on PATH or in CUDA_HOME"),
         "nvrtc": (lambda: find_nvrtc() or _nvcc(), "needs NVRTC or nvcc: pip install nvidia-cuda-nvrtc"),
         "compiler": (lambda: any(n and shutil.which(n) for n in names), "needs a C++ compiler, none is on PATH"),
+        "vllm-peer": (
+            lambda: Path(os.environ.get("TITAN_VLLM_PYTHON", ".peers/vllm/bin/python")).is_file(),
+            "needs vLLM in an environment of its own: phase4_scheduler/measures/vllm_peer.py says how",
+        ),
         "rust": (lambda: shutil.which("cargo") or shutil.which("rustc"), "needs Rust: https://rustup.rs"),
     }
     found, missing = tools.get(

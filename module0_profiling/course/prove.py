@@ -22,7 +22,7 @@ from module0_profiling.course.grade import Outcome, grade
 from module0_profiling.course.parts import Use, framework_of
 
 LADDER = 3
-PLAIN_NEEDS = re.compile(r"cpu|cuda(:\d+)?|triton|nvcc|amx|compiler|rust")
+PLAIN_NEEDS = re.compile(r"cpu|cuda(:\d+)?|triton|nvcc|amx|compiler|rust|vllm-peer")
 
 
 @dataclass(frozen=True)

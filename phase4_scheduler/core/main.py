@@ -107,9 +107,11 @@ def _model(order: Order) -> tuple[Any, wire.Info]:
 
 
 def _null(order: Order) -> tuple[Any, wire.Info]:
+    from module0_profiling.course.parts import Use, describe
     from phase4_scheduler.null_engine import build_null
 
-    engine = build_null(order.settings)
+    use = Use.parse(order.use)
+    engine = build_null(order.settings, use)
     config = engine.config
     return engine.loop, wire.Info(
         model=order.model,
@@ -122,7 +124,7 @@ def _null(order: Order) -> tuple[Any, wire.Info]:
         block_size=config.block_size,
         dtype="none",
         device="none",
-        described="no model: tokens at a set rate",
+        described=f"no model: tokens at a set rate; {describe(use)}",
     )
 
 

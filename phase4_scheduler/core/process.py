@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -20,9 +21,11 @@ import zmq
 from phase4_scheduler.core import wire
 from phase4_scheduler.core.channels import ClientChannels
 
+_LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 _LAST_LINES = 6  # of what the process wrote, for the error message
 _LONGEST_LINE = 1 << 16
+_DEATH = 10.0  # seconds that a killed process may take; one that waits for a device may take for ever
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,17 @@ class EngineProcess:
         """SIGKILL, for its children too."""
         if self._process is not None and self._process.returncode is None:
             self._kill_group()
+            with suppress(ProcessLookupError):
+                self._process.kill()
 
     async def bury(self) -> None:
         """Kill it if it lives, and forget what it left."""
         self.kill()
         if self._process is not None:
-            await self._process.wait()
+            try:
+                await asyncio.wait_for(self._process.wait(), _DEATH)
+            except TimeoutError:
+                _LOG.error("process %d does not die: a driver holds it, its memory is not free", self._process.pid)
             assert self._process.stdin is not None
             self._process.stdin.close()
         if self._echo is not None:

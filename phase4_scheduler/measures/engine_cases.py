@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 from module0_profiling.bench import Options, figure, ratio
 from module0_profiling.results import Figure
@@ -24,13 +26,13 @@ SHORT, LONG, PROMPT = 10, 200, 32
 
 def chunking(options: Options) -> tuple[Figure, ...]:
     """Gaps between the tokens of eight sequences while long prompts come, and tokens/s of short and long answers."""
-    chunked = {"max_num_batched_tokens": BUDGET + DECODES}
-    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": LONG_PROMPT}
+    chunked: dict[str, Any] = {"max_num_batched_tokens": BUDGET + DECODES}
+    whole: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": LONG_PROMPT + DECODES}
     engine = partial(LLM, TINY, device=options.device, max_num_seqs=DECODES + 1, num_blocks=1024)
     llms = {
         "in chunks": engine(use="phase4=solution", **chunked),
         "whole prompts": engine(use="phase4=solution", **whole),
-        "static batches": engine(use="phase4=framework", max_num_batched_tokens=LONG_PROMPT),
+        "static batches": engine(use="phase4=framework", max_num_batched_tokens=LONG_PROMPT + DECODES),
     }
     return (*_gaps(llms, options), *_throughput(llms, options))
 
@@ -40,7 +42,8 @@ def _gaps(llms: dict[str, LLM], options: Options) -> list[Figure]:
     prompts: dict[str, list[float]] = {name: [] for name in llms}
     for round_ in range(options.rounds + 1):
         for name in list(llms) if round_ % 2 else reversed(list(llms)):
-            gaps, first = _disturbed(llms[name], options.size(3 * EVERY, 6), options.size(LONG_PROMPT, 40), round_)
+            every, long_prompt = options.size(EVERY, 4), options.size(LONG_PROMPT, 40)
+            gaps, first = _disturbed(llms[name], every, long_prompt, round_)
             if round_:
                 found[name].append(sorted(gaps))
                 prompts[name].append(first)
@@ -54,16 +57,16 @@ def _gaps(llms: dict[str, LLM], options: Options) -> list[Figure]:
     return figures
 
 
-def _disturbed(llm: LLM, steps: int, long_prompt: int, seed: int) -> tuple[list[float], float]:
+def _disturbed(llm: LLM, every: int, long_prompt: int, seed: int) -> tuple[list[float], float]:
     """Seconds between tokens of sequences that generate, and to the first token of a long prompt, on average."""
-    engine = llm.engine
+    engine, steps = llm.engine, 3 * every
     decoding = [engine.add_request(p, _exactly(steps)) for p in random_prompts(VOCAB, [PROMPT] * DECODES, seed)]
     stamps: dict[str, list[float]] = {request_id: [] for request_id in decoding}
     arrived: dict[str, float] = {}
     first: list[float] = []
     turns = 0
     while any(len(times) < steps for times in stamps.values()) or len(first) < len(arrived):
-        if turns % EVERY == EVERY // 2 and not all(len(times) >= steps for times in stamps.values()):
+        if turns % every == every // 2 and not all(len(times) >= steps for times in stamps.values()):
             (prompt,) = random_prompts(VOCAB, [long_prompt], 1000 * seed + turns)
             arrived[engine.add_request(prompt, _exactly(1))] = time.perf_counter()
         outputs = engine.step()
@@ -74,7 +77,7 @@ def _disturbed(llm: LLM, steps: int, long_prompt: int, seed: int) -> tuple[list[
             else:
                 first.append(now - arrived[output.request_id])
         turns += 1
-    gaps = [after - before for times in stamps.values() for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for times in stamps.values() for before, after in pairwise(times)]
     return gaps, sum(first) / max(1, len(first))
 
 

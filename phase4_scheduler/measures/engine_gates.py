@@ -22,12 +22,13 @@ from phase0_prototype.engine import ROOM as PROTOTYPE
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.speed_checks import compare
 from phase0_prototype.workloads import TINY, Run, in_turns, random_prompts
-from phase1_memory.checks import SCARCE, prototype, workload
+from phase1_memory.checks import SCARCE, Workload, prototype, workload
 from phase4_scheduler.llm import LLM
 from phase4_scheduler.measures.gates_simulated import ROOM
 
 CROWDED = {**SCARCE, "max_num_seqs": 8, "max_num_batched_tokens": 24}  # prompts of up to 90 tokens go in pieces
 CANCELLED = {6: 0, 10: 1, 25: 2, 40: 3}  # step: which neighbour goes
+REQUESTS = 14
 SHORT, LONG = 10, 200
 ROUNDS = 3
 
@@ -49,25 +50,27 @@ def ahead_mismatches(use: Use) -> Measured:
 
 
 def throughput(use: Use) -> Measured:
-    """Time of the framework over that of these parts: 12 short and 12 long answers, eight places, titan-tiny."""
+    """Time of the framework over that of these parts: 8 short and 8 long answers, eight places, titan-tiny."""
     settings: dict[str, Any] = {"device": "cpu", "max_num_seqs": 8, "max_model_len": 512}
     llms = {
         "the framework": LLM(TINY, use=use.choose(ROOM, "framework"), **settings),
         "this scheduler": LLM(TINY, use=use, **settings),
     }
-    runs = in_turns({name: partial(_mixed, llm) for name, llm in llms.items()}, ROUNDS, Console())
+    with _one_thread():
+        runs = in_turns({name: partial(_mixed, llm) for name, llm in llms.items()}, ROUNDS, Console())
     return compare(runs, lambda run: run.decode)
 
 
 def _mismatches(use: Use, **settings: Any) -> Measured:
     """Tokens that differ, and blocks that are not returned."""
-    work = workload()
+    names, work = [], _work()
     neighbours = random_prompts(VOCAB, [60, 20, 90, 5], seed=1)
     endless = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     with _engine(use, **CROWDED, **settings) as llm:
         engine, steps = llm.engine, 0
         others = [engine.add_request(prompt, endless) for prompt in neighbours]
-        names = [engine.add_request(prompt, params) for prompt, params in zip(work.prompts, work.params, strict=True)]
+        for prompt, params in zip(work.prompts, work.params, strict=True):
+            names.append(engine.add_request(prompt, params))
         found: dict[str, list[int]] = {}
         while engine.has_unfinished():
             found |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
@@ -85,14 +88,19 @@ def _mismatches(use: Use, **settings: Any) -> Measured:
 
 @contextmanager
 def _engine(use: Use, **settings: Any) -> Iterator[LLM]:
-    """With these parts, on the tiny random checkpoint, on one thread."""
+    """With these parts, on the tiny random checkpoint."""
+    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(SHAPE, Path(folder) / "tiny", dtype="float32")
+        fixed = {"dtype": "float32", "device": "cpu", "runner": "eager", "block_size": 16, "use": use}
+        yield LLM(str(path), **{**fixed, **settings})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for tiny tensors a second one only waits
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = write_checkpoint(SHAPE, Path(folder) / "tiny", dtype="float32")
-            fixed = {"dtype": "float32", "device": "cpu", "runner": "eager", "block_size": 16, "use": use}
-            yield LLM(str(path), **{**fixed, **settings})
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -101,13 +109,19 @@ def _engine(use: Use, **settings: Any) -> Iterator[LLM]:
 def _expected() -> list[list[int]]:
     """What phase 0 says."""
     with prototype() as llm:
-        return workload().run(llm)
+        return _work().run(llm)
+
+
+def _work() -> Workload:
+    """Requests of up to 180 tokens, greedy or drawn at random with a seed."""
+    whole = workload()
+    return Workload(whole.prompts[:REQUESTS], whole.params[:REQUESTS])
 
 
 def _mixed(llm: LLM) -> Run:
     """Seconds for half short and half long answers."""
     vocab = llm.engine.config.vocab_size
-    for prompt, length in zip(random_prompts(vocab, [16] * 24), (SHORT, LONG) * 12, strict=True):
+    for prompt, length in zip(random_prompts(vocab, [16] * 16), (SHORT, LONG) * 8, strict=True):
         llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
     began = time.perf_counter()
     while llm.engine.has_unfinished():

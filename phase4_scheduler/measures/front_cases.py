@@ -1,4 +1,4 @@
-"""Benchmark cases of what stands before the model: processes, messages, text, HTTP. The engine is the one without one."""
+"""Benchmark cases of what stands before the model: processes, messages, text, HTTP. The engine has none."""
 
 from __future__ import annotations
 

@@ -96,6 +96,6 @@ def figures_of(row: str, runs: Mapping[str, Sequence[Summary]]) -> list[Figure]:
                 figures.append(figure(f"{row}/{name}, {title}, p99", [1e3 * t.p99 for t in times if t], "ms"))
     first, *others = runs
     for other in others:
-        rates = [[d.output_rate for d in runs[name]] for name in (first, other)]
-        figures.append(ratio(f"{row}/over {other}", *rates))
+        ours, theirs = ([d.output_rate for d in runs[name]] for name in (first, other))
+        figures.append(ratio(f"{row}/over {other}", ours, theirs))
     return figures

@@ -79,7 +79,9 @@ def policies(options: Options) -> tuple[Figure, ...]:
     count = options.size(2000, 40)
     solution = _part("scheduler", "phase4=solution").Scheduler
     capacity = _capacity(solution, count)
-    figures.append(Figure("saturation", capacity, "requests/s", note=f"{PLACES} places, {COST.step * 1e3:.0f} ms a step"))
+    figures.append(
+        Figure("saturation", capacity, "requests/s", note=f"{PLACES} places, {COST.step * 1e3:.0f} ms a step")
+    )
     trace = jobs(count, LOAD * capacity)
     for policy in POLICIES:
         config = SchedulerConfig(max_num_seqs=PLACES, scheduling_policy=policy, ageing_rate=AGEING)

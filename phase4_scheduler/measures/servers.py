@@ -1,7 +1,8 @@
 """Servers as processes, for a measurement: started, waited for, stopped while another one is measured, ended.
 
 Two servers that are compared are up at once, and the one that is not measured is halted with SIGSTOP, all its processes
-with it: it takes no time from the other, and both see the same machine within seconds. POSIX only.
+with it: it takes no time from the other, and both see the same machine within seconds. A measurement that is killed
+leaves no server behind (guardian.py). POSIX only.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ from module0_profiling.bench_gpu import CheckFailed
 HOST = "127.0.0.1"
 PATIENCE = 900.0  # seconds for a start: a peer that compiles takes minutes
 POLL = 0.02  # seconds between two looks at a server that starts
+GUARDIAN = Path(__file__).with_name("guardian.py")
 GRACE = 20.0  # seconds between asking a server to end and killing it
 
 
@@ -76,6 +79,9 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us, and we end it
         )
+        self._guardian = subprocess.Popen(
+            (sys.executable, str(GUARDIAN), str(self._process.pid)), stdin=subprocess.PIPE, start_new_session=True
+        )
         return self
 
     def __exit__(
@@ -85,14 +91,14 @@ class Server:
         self.resume()
         processes = self.processes()
         self._process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
         for process in processes:
             if process.is_running():
                 _signal(process, signal.SIGKILL)
         psutil.wait_procs(processes, GRACE)
+        self._guardian.kill()  # before the number of the process may be another's
+        self._guardian.communicate()
         self._process.wait()
         self._log.close()
 
@@ -163,7 +169,5 @@ def free_port() -> int:
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

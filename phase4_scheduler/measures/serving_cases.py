@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from module0_profiling import rooms
 from module0_profiling.bench import Options, figure
@@ -20,7 +21,6 @@ from phase4_scheduler.measures.loads import Load, compare
 from phase4_scheduler.measures.our_server import NULL, serving_settings, titan
 from phase4_scheduler.measures.servers import Launch, Server, free_port
 
-LENGTH, SEQS = 1024, 64  # longest sequence and most sequences of both servers
 CPU_LOADS = (
     Load("1 at a time", partial(fixed, 3, prompt=128, output=32), 1),
     Load("8 at a time", partial(fixed, 16, prompt=128, output=32), 8),
@@ -36,36 +36,44 @@ DRY_LOADS = (Load("random lengths, 2 at once", partial(random, 3, prompt=(2, 6),
 
 
 def serving_vllm(options: Options) -> tuple[Figure, ...]:
-    """Output tokens/s over HTTP, both servers up at once, in turns; on a CPU also what its memory and units can do.
+    """Output tokens/s over HTTP beside vLLM, and what the machine's memory and units can do.
 
     Raises:
-        CheckFailed: vLLM is not installed (a CPU has no other case to be measured beside it), or an answer failed.
+        CheckFailed: vLLM is not installed, or an answer failed.
+    """
+    if missing := vllm_peer.why_not():
+        raise CheckFailed(missing)
+    return (*_beside_vllm(CPU_LOADS, options, max_model_len=1024, max_num_seqs=64), *_limits(options.device))
+
+
+def random_lengths(options: Options) -> tuple[Figure, ...]:
+    """256 requests of random lengths, short and long ones, one at a time; beside vLLM where there is one.
+
+    Raises:
+        CheckFailed: an answer failed.
     """
     if options.dry:
         return compare([our_server.launch(TINY, {"device": "cpu", "max_num_seqs": 2})], DRY_LOADS, options)
-    on_gpu = options.device.startswith("cuda")
+    return _beside_vllm(GPU_LOADS, options, max_model_len=2048, max_num_seqs=256)
+
+
+def _beside_vllm(
+    loads: Sequence[Load], options: Options, *, max_model_len: int, max_num_seqs: int
+) -> tuple[Figure, ...]:
     missing = vllm_peer.why_not()
-    if missing and not on_gpu:
-        raise CheckFailed(missing)
-    length = 2 * LENGTH if on_gpu else LENGTH
-    seqs = 256 if on_gpu else SEQS
     with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
-        settings = serving_settings(options.device, max_model_len=length, max_num_seqs=seqs)
+        sizes: dict[str, Any] = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        settings = serving_settings(options.device, **sizes)
         servers = [our_server.launch(str(directory), settings | {"dtype": "bfloat16"})]
         if not missing:
-            servers.append(
-                vllm_peer.launch(
-                    directory, free_port(), device=options.device, max_model_len=length, max_num_seqs=seqs
-                )
-            )
-        figures = compare(servers, GPU_LOADS if on_gpu else CPU_LOADS, options)
-    peer = Figure("vLLM is there", float(not missing), "", note=missing or vllm_peer.version())
-    return (*figures, peer, *(() if on_gpu else _limits()))
+            servers.append(vllm_peer.launch(directory, free_port(), device=options.device, **sizes))
+        figures = compare(servers, loads, options)
+    return (*figures, Figure("vLLM is there", float(not missing), "", note=missing or vllm_peer.version()))
 
 
-def _limits() -> tuple[Figure, ...]:
+def _limits(device: str) -> tuple[Figure, ...]:
     """What bounds every engine here: reading the weights once a step, and products of matrices."""
-    peaks = measured_peaks(detect("cpu"), refresh=True)
+    peaks = measured_peaks(detect(device), refresh=True)
     return (
         Figure("limits/read bandwidth", peaks.read_bandwidth / 1e9, "GB/s"),
         *(Figure(f"limits/{name} products", rate / 1e12, "TFLOP/s") for name, rate in peaks.matmul.items()),
@@ -76,7 +84,7 @@ def startup(options: Options) -> tuple[Figure, ...]:
     """Seconds from the start of `titan serve` until it listens (/health) and serves (/ready), and of `titan --help`."""
     figures: list[Figure] = []
     with workloads.random_checkpoint(SHAPE, options.checkpoint) as directory:
-        models = {NULL: NULL, TINY: TINY, SHAPE: str(directory)}
+        models = {TINY: TINY} if options.dry else {NULL: NULL, TINY: TINY, SHAPE: str(directory)}
         for name, model in models.items():
             settings = {} if model == NULL else {"device": options.device}
             times = [_start(our_server.launch(model, settings)) for _ in range(options.rounds + 1)]

@@ -163,7 +163,7 @@ async def _compare(llm: AsyncLLM, pool: Pool) -> tuple[int, int]:
 
 async def _most_together(llm: AsyncLLM, pool: Pool) -> int:
     most = 0
-    clients = [asyncio.create_task(_post(pool, stream=False, max_tokens=FEW)) for _ in range(CLIENTS)]
+    clients = [asyncio.create_task(_post(pool, stream=False, max_tokens=2 * FEW)) for _ in range(CLIENTS)]
     while not all(client.done() for client in clients):
         most = max(most, llm.in_flight)
         await asyncio.sleep(0.002)

@@ -113,7 +113,9 @@ def simulate(
             first[place] = first[place] or now
         for request in ended:
             last[int(request.request_id)] = now
-    outcomes = tuple(Outcome(job, a - job.arrival, b - job.arrival) for job, a, b in zip(jobs, first, last, strict=True))
+    outcomes = tuple(
+        Outcome(job, a - job.arrival, b - job.arrival) for job, a, b in zip(jobs, first, last, strict=True)
+    )
     return Simulated(outcomes, now, steps, scheduler.preemptions)
 
 

@@ -87,4 +87,6 @@ def launch(
 def cores() -> str:
     """Those that this process may use, as vLLM wants them: "0-1"."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return ",".join(map(str, allowed)) if len(allowed) != allowed[-1] - allowed[0] + 1 else f"{allowed[0]}-{allowed[-1]}"
+    return (
+        ",".join(map(str, allowed)) if len(allowed) != allowed[-1] - allowed[0] + 1 else f"{allowed[0]}-{allowed[-1]}"
+    )

@@ -27,7 +27,7 @@ from phase4_scheduler.server.errors import ApiError, response_of
 from phase4_scheduler.server.generate_routes import GenerateRoutes
 from phase4_scheduler.server.guard import Guard
 from phase4_scheduler.server.info_routes import InfoRoutes, not_found
-from phase4_scheduler.server.log_line import log_line
+from phase4_scheduler.server.log_line import last_line, log_line
 from phase4_scheduler.server.messages_protocol import CountRequest, MessagesRequest
 from phase4_scheduler.server.options import ServerOptions
 from phase4_scheduler.server.service import Service
@@ -132,6 +132,8 @@ def _beside(service: Service) -> Callable[[FastAPI], Any]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if service.options.log_interval and service.ledger.accepted:
+            _log.info(last_line(service))
 
     return lifespan
 

@@ -95,7 +95,7 @@ class ChatTemplate:
         end = ""
         if continue_final_message:
             end = _absent(given)
-            given[-1]["content"] = given[-1]["content"].rstrip() + end
+            given[-1]["content"] += end + " "  # the space tells whether the template trims
         try:
             text = self._template.render(
                 messages=given,
@@ -114,7 +114,8 @@ class ChatTemplate:
         if continue_final_message:
             if end not in text:
                 raise TemplateError("the chat template leaves the last message out: it can't be continued")
-            text = text[: text.rindex(end)]
+            before, _, after = text.rpartition(end)
+            text = before if after.startswith(" ") else before.rstrip()
         return text
 
 

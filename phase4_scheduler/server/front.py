@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import socket
 from collections.abc import Generator
@@ -43,6 +44,8 @@ async def serve(llm: AsyncLLM, options: ServerOptions, sock: socket.socket, stop
     app = make_app(llm, options)
     service: Service = app.state.service
     server = _Server(_config(app, options))
+    gc.collect()
+    gc.freeze()  # modules and routes live as long as the process: looking through them again only costs pauses
     running = asyncio.create_task(server.serve([sock]))
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -20,7 +20,8 @@ from phase4_scheduler.server.errors import ApiError, json_response
 from phase4_scheduler.server.job import Job
 from phase4_scheduler.server.messages_answer import MessagesAnswer
 from phase4_scheduler.server.messages_protocol import CountRequest, MessagesRequest, chat_of, messages_params
-from phase4_scheduler.server.service import Service, truncated
+from phase4_scheduler.server.prompts import truncated
+from phase4_scheduler.server.service import Service
 from phase4_scheduler.server.sse import EventStream, unless_gone
 
 

@@ -19,7 +19,7 @@ _PAGE = Path(__file__).with_name("page.html")
 # The page's script and style are in it; nothing else may be loaded, and it may talk to this server only.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 

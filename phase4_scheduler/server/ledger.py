@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from phase4_scheduler.server.meter import Meter
-from phase4_scheduler.server.metrics import Metrics
+from phase4_scheduler.server.metrics import REASONS, Metrics
 
 _MEMORY = 0.05  # how much one answer changes what is expected of the next
 _GUESS = 128.0  # tokens of an answer before there was one
@@ -21,13 +21,20 @@ class Ledger:
         open_prompts, open_seqs: let in and not ended.
         prompt_tokens: of open prompts without a first token.
         generated: tokens of open prompts so far.
-        ended: prompts.
+        accepted: prompts.
+        ends: prompts that have ended, by reason.
     """
 
     def __init__(self, meter: Meter, metrics: Metrics) -> None:
         self.meter, self.metrics = meter, metrics
-        self.open_prompts = self.open_seqs = self.prompt_tokens = self.generated = self.ended = 0
+        self.open_prompts = self.open_seqs = self.prompt_tokens = self.generated = self.accepted = 0
+        self.ends = dict.fromkeys(REASONS, 0)
         self._answer = _GUESS
+
+    @property
+    def ended(self) -> int:
+        """Prompts that have ended."""
+        return sum(self.ends.values())
 
     @property
     def backlog_tokens(self) -> float:
@@ -36,6 +43,7 @@ class Ledger:
 
     def open(self, prompt_tokens: int, n: int) -> Ticket:
         """A prompt is let in."""
+        self.accepted += 1
         self.open_prompts += 1
         self.open_seqs += n
         self.prompt_tokens += prompt_tokens
@@ -49,7 +57,7 @@ class Ledger:
         self.open_prompts -= 1
         self.open_seqs -= ticket.n
         self.generated -= ticket.generated
-        self.ended += 1
+        self.ends[reason] += 1
         if not ticket.has_begun:
             self.prompt_tokens -= ticket.prompt_tokens
         if reason in ("stop", "length"):

@@ -1,4 +1,4 @@
-"""The line of statistics that the server writes every few seconds while there is something to tell."""
+"""The line of statistics that the server writes every few seconds if there is something to tell, and the last one."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def log_line(service: Service) -> str:
         f"KV {kv_usage(stats):.0%}, {service.meter.totals.preemptions:.0f} preemptions | "
         f"{seen['batch_occupancy']:.1f} sequences a step, busy {seen['busy']:.0%}"
     )
+
+
+def last_line(service: Service) -> str:
+    """What became of all requests, for the end of the log: the books balance, or something was lost."""
+    ledger = service.ledger
+    ends = ", ".join(f"{count} {reason}" for reason, count in ledger.ends.items())
+    return f"{ledger.accepted} requests were accepted, {ends}"

@@ -12,9 +12,11 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tokenizer import Tokenizer
+from phase4_scheduler.core.wire import Info
 from phase4_scheduler.server.chat_template import ChatTemplate
-from phase4_scheduler.server.errors import bad
+from phase4_scheduler.server.errors import ApiError, bad
 
 _LONG = 50_000  # characters whose encoding takes so long that it is done beside the event loop
 
@@ -103,3 +105,34 @@ def _absent(messages: Sequence[Mapping[str, str]]) -> str:
     if not free:
         raise bad("messages hold all of Unicode's noncharacters U+FDD2..U+FDEF: leave one out", "messages")
     return free[0]
+
+
+def truncated(ids: list[int], truncate: int | None, longest: int) -> list[int]:
+    """The last `truncate` tokens; -1: as many as the model takes.
+
+    Raises:
+        ApiError: 400; a number that means nothing.
+    """
+    if truncate is None:
+        return ids
+    if truncate != -1 and not 1 <= truncate <= longest:
+        raise bad(
+            f"truncate_prompt_tokens={truncate} is not allowed: give 1 to {longest}, or -1", "truncate_prompt_tokens"
+        )
+    return ids[-(longest - 1 if truncate == -1 else truncate) :]
+
+
+def check_room(ids: list[int], params: SamplingParams, info: Info) -> None:
+    """Raises ApiError 400 unless a prompt is of the vocabulary and its answer fits into the context."""
+    unknown = next((i for i in ids if not 0 <= i < info.vocab_size), None)
+    if unknown is not None:
+        raise bad(f"token id {unknown:.3g} is not of the vocabulary 0..{info.vocab_size - 1}", "prompt")
+    asked = params.max_tokens
+    if len(ids) >= info.max_model_len or (asked is not None and len(ids) + asked > info.max_model_len):
+        raise ApiError(
+            400,
+            f"the prompt has {len(ids)} tokens and the answer may have {asked or 'at least 1'}, together more than the "
+            f"model's {info.max_model_len}: shorten the prompt or lower max_tokens",
+            param="prompt" if len(ids) >= info.max_model_len else "max_tokens",
+            code="context_length_exceeded",
+        )

@@ -63,7 +63,7 @@ def serve(config: ServeConfig) -> None:
         signal.signal(number, _leave)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with _listen(config.host, config.port) as sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with listen(config.host, config.port) as sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(config, sock))
 
 
@@ -138,7 +138,7 @@ async def _drain(
         await asyncio.wait((answering,), timeout=_AFTER_ABORT)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens: who comes before the application is there waits in its queue."""
     try:
         family, _, _, _, address = socket.getaddrinfo(

@@ -19,7 +19,7 @@ from phase4_scheduler.server.ledger import Ledger
 from phase4_scheduler.server.meter import Meter
 from phase4_scheduler.server.metrics import Metrics, kv_usage
 from phase4_scheduler.server.options import ServerOptions
-from phase4_scheduler.server.prompts import TextEncoder, chat_pieces
+from phase4_scheduler.server.prompts import TextEncoder, chat_pieces, check_room, truncated
 
 if TYPE_CHECKING:
     from phase4_scheduler.async_llm import AsyncLLM
@@ -91,7 +91,12 @@ class Service:
             raise ApiError(503, "the server is shutting down: try another one", code="draining", retry_after=5)
         if self.llm.state != "ready" or self.llm.info is None:
             self.metrics.refused["starting" if self.llm.state == "starting" else "engine"].inc()
-            raise ApiError(503, f"the engine is {self.llm.state}: try again", code=self.llm.state, retry_after=2)
+            raise ApiError(
+                503,
+                f"the engine is {self.llm.state}: try again",
+                code=self.llm.state,
+                retry_after=30 if self.llm.state == "broken" else 2,
+            )
         return self.llm.info
 
     def check_model(self, name: str | None) -> None:
@@ -197,7 +202,7 @@ class Service:
                 f"the model {NULL!r} computes nothing, so it has no log-probabilities: leave them out", "logprobs"
             )
         for ids in prompts:
-            _check_room(ids, params, info)
+            check_room(ids, params, info)
         refusal = self.admission.refusal(self.load(), params.n * len(prompts), sum(map(len, prompts)))
         if refusal is not None:
             self.metrics.refused[refusal.reason].inc()
@@ -236,33 +241,3 @@ class Service:
             "model": self.names[0],
             "uptime": time.monotonic() - self._started,
         }
-
-
-def truncated(ids: list[int], truncate: int | None, longest: int) -> list[int]:
-    """The last `truncate` tokens; -1: as many as the model takes.
-
-    Raises:
-        ApiError: 400; a number that means nothing.
-    """
-    if truncate is None:
-        return ids
-    if truncate != -1 and not 1 <= truncate <= longest:
-        raise bad(
-            f"truncate_prompt_tokens={truncate} is not allowed: give 1 to {longest}, or -1", "truncate_prompt_tokens"
-        )
-    return ids[-(longest - 1 if truncate == -1 else truncate) :]
-
-
-def _check_room(ids: list[int], params: SamplingParams, info: Info) -> None:
-    unknown = next((i for i in ids if not 0 <= i < info.vocab_size), None)
-    if unknown is not None:
-        raise bad(f"token id {unknown:.3g} is not of the vocabulary 0..{info.vocab_size - 1}", "prompt")
-    asked = params.max_tokens
-    if len(ids) >= info.max_model_len or (asked is not None and len(ids) + asked > info.max_model_len):
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids)} tokens and the answer may have {asked or 'at least 1'}, together more than the "
-            f"model's {info.max_model_len}: shorten the prompt or lower max_tokens",
-            param="prompt" if len(ids) >= info.max_model_len else "max_tokens",
-            code="context_length_exceeded",
-        )

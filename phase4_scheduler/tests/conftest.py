@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from module0_profiling.course.parts import Use, resolve
-from phase4_scheduler.tests.world import World
+from phase4_scheduler.tests.scheduling import World
 
 
 @pytest.fixture(scope="session")
@@ -60,5 +60,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
             write = checkpoints.write if family == variant else deepseek_checkpoints.write
             written[variant] = write(family, path)
         return written[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def load(use: Use) -> Callable[..., Any]:
+    """An engine in float32 on the CPU with the parts under test; arguments as for `LLM`."""
+    from phase4_scheduler.llm import LLM
+
+    def get(source: Any, **settings: Any) -> Any:
+        fixed = {"dtype": "float32", "device": "cpu", "runner": "eager", "allocator": "python", "use": use}
+        return LLM(getattr(source, "path", source), **{**fixed, **settings})
 
     return get

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
+from phase0_prototype.rng import derive_seed
 from phase0_prototype.step import NO_TOKEN
 from phase1_memory.allocator import make_allocator
 from phase4_scheduler.core import wire
@@ -114,7 +115,11 @@ def test_sequences_of_one_prompt_share_it_and_can_be_aborted_one_by_one(make):
     engine = make()
     engine.send(wire.Add("0", [1] * 40, {"n": 3, "max_tokens": 200}, seed=5))
     engine.turn_until(lambda: len(engine.deltas("0")) >= 30)
-    assert {d.index for d in engine.deltas("0")} == {0, 1, 2}
+    for index in range(3):
+        seed = 5 if index == 0 else derive_seed(5, index)  # each makes choices of its own
+        assert [t for d in engine.deltas("0") if d.index == index for t in d.token_ids][:9] == [
+            TEXT[(seed + k) % len(TEXT)] for k in range(9)
+        ]
     engine.send(wire.Abort(["0.1"], "stop"))
     engine.turn(2)
     engine.outputs.clear()

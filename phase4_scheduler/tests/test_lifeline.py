@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -54,7 +56,9 @@ def gone_within(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize(("step", "when"), [("0.01", "ready"), ("600", "ready"), ("0.01", "starting")])
 def test_an_engine_is_gone_soon_after_its_parent_was_killed(step, when):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, step, when], stdout=subprocess.PIPE, text=True)
+    place = tempfile.mkdtemp(dir="/tmp")  # what a killed parent leaves
+    command, environment = [sys.executable, "-c", PARENT, step, when], {**os.environ, "TMPDIR": place}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         engine = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
@@ -65,6 +69,7 @@ def test_an_engine_is_gone_soon_after_its_parent_was_killed(step, when):
             process.kill()
             process.wait()
         parent.stdout.close()
+        shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("busy", ["spin", "sleep"])

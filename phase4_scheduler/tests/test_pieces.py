@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from phase4_scheduler.tests.world import World
+from phase4_scheduler.tests.scheduling import World
 
 
 def decodes(world):

@@ -1,6 +1,6 @@
 """A front with one counter: a request is read, computed to its last token, and answered; then comes the next.
 
-POST /v1/completions and GET /health, over HTTP/1.1 with a connection for each request.
+POST /v1/completions, GET /health and /ready, over HTTP/1.1 with a connection for each request.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ async def _answer(llm: AsyncLLM, options: ServerOptions, reader: asyncio.StreamR
     try:
         async with asyncio.timeout(options.body_timeout):
             method, path, headers = await _head(reader)
-            if path == "/health":
-                return _response(200, b"")
+            if path in ("/health", "/ready"):
+                return _response(200 if path == "/health" or llm.state == "ready" else 503, b"")
             _check_key(headers, options.api_keys)
             if (method, path) != ("POST", "/v1/completions"):
                 raise ApiError(404, f"{method} {path:.100} is not served: POST /v1/completions is")

@@ -22,7 +22,7 @@ from module0_profiling.course.parts import Use
 from phase4_scheduler.async_llm import AsyncLLM
 from phase4_scheduler.server import front
 from phase4_scheduler.server.options import ServerOptions
-from phase4_scheduler.server.serve import _listen
+from phase4_scheduler.server.serve import listen
 
 COMMAND = [sys.executable, "-c", "from module0_profiling.cli import main; main()"]
 PATIENCE = 120.0  # seconds: a loaded machine is slow, and a test that waits for a condition ends when it holds
@@ -36,6 +36,7 @@ class Server:
         self.log = log
         self._errors = log.open("wb")
         environment = {n: v for n, v in os.environ.items() if n != "TITAN_API_KEY"}
+        environment["OMP_NUM_THREADS"] = "1"  # for so small a model more threads only wait for each other
         self.process = subprocess.Popen(
             [*COMMAND, "serve", *arguments, "--port", "0"],
             stdout=subprocess.PIPE,
@@ -69,9 +70,9 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def use() -> str:
-    """Whose parts are tested: `IMPL=mine|framework|solution pytest phase4_scheduler`."""
-    return str(Use.from_env("phase4", default="solution"))
+def use(use: Use) -> str:
+    """Whose parts are tested, as `--use` takes it."""
+    return str(use)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +117,7 @@ async def serving(options: ServerOptions, settings: dict[str, Any]) -> AsyncIter
     llm = AsyncLLM("null", settings)
     await llm.start()
     stop = asyncio.Event()
-    with _listen("127.0.0.1", 0) as sock:
+    with listen("127.0.0.1", 0) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         answering = asyncio.create_task(front.serve(llm, options, sock, stop))
         try:

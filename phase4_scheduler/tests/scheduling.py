@@ -10,7 +10,17 @@ from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.step import StepTokens
 from phase4_scheduler.scheduler_config import SchedulerConfig
-from phase4_scheduler.tests.hash_model import ModelExecutor, ModelMemory, ModelSwap, mixed, says
+from phase4_scheduler.tests.hash_model import (
+    POISON,
+    FailureError,
+    ModelExecutor,
+    ModelMemory,
+    ModelSwap,
+    mixed,
+    says,
+)
+
+__all__ = ["END", "POISON", "Clock", "FailureError", "World"]
 
 END = 7  # the token that ends sequences which do not say otherwise
 
