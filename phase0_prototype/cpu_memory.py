@@ -8,7 +8,13 @@ touch: page faults. Two thresholds of mallopt(3) keep the pages; the price is th
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 # Parameters of mallopt, as glibc's malloc.h numbers them.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -52,3 +58,19 @@ def _has_glibc() -> bool:
 def _user_has_decided() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return any(name in os.environ for name in _VARIABLES) or any(name in tunables for name in _TUNABLES)
+
+
+def untouched_zeros(shape: tuple[int, ...], kind: dtype) -> Tensor:
+    """Zeros in main memory that take none before they are written: the kernel zeroes a page at its first touch.
+
+    `torch.zeros` writes them all, seconds for a cache of which a server may never fill the most.
+    """
+    import torch
+
+    nbytes = math.prod(shape) * kind.itemsize
+    if not nbytes:
+        return torch.zeros(shape, dtype=kind)
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(kind).view(shape)

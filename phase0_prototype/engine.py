@@ -23,8 +23,8 @@ from phase0_prototype.loading import describe
 from phase0_prototype.loop import Loop
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.request import Request
-from phase0_prototype.rng import derive_seed
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.seeds import derive_seed
 from phase0_prototype.step import StepTokens
 from phase0_prototype.tokenizer import Tokenizer, load_tokenizer
 

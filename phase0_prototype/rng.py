@@ -15,24 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK64 = 2**64 - 1
+from phase0_prototype.seeds import GOLDEN, MULTIPLY_1, MULTIPLY_2
+
 # torch has no unsigned 64-bit arithmetic: the constants are the published ones as signed numbers; products wrap alike.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MULTIPLY_2 = 0x94D049BB133111EB - 2**64
+_GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = (constant - 2**64 for constant in (GOLDEN, MULTIPLY_1, MULTIPLY_2))
 # (bits + 1/2) / 2**31, shrunk by one float32 step: 2**31 - 1 rounds up to 2**31, and the result must stay below 1.
 _TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """An independent seed for the index-th child: request i of an engine, output i of `n`.
-
-    Both are any integers; the result is in [0, 2**63).
-    """
-    state = (seed + (index + 1) * _GOLDEN) & _MASK64
-    state = ((state ^ (state >> 30)) * (_MULTIPLY_1 & _MASK64)) & _MASK64
-    state = ((state ^ (state >> 27)) * (_MULTIPLY_2 & _MASK64)) & _MASK64
-    return (state ^ (state >> 31)) >> 1
 
 
 def uniform(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from phase0_prototype.cpu_memory import untouched_zeros
 from phase0_prototype.kv_spec import KVPart, KVSpec
 from phase0_prototype.request import Request
 from phase1_memory.block_tables import BlockTables
@@ -37,6 +38,8 @@ class PagedKVCache:
         shape = (tables.num_blocks + 1, tables.page)
 
         def blocks(part: KVPart) -> Tensor:  # a tensor of its own: torch.compile copies what is changed through a view
+            if device.type == "cpu":
+                return untouched_zeros((*shape, *part.shape), part.dtype)
             return torch.zeros(*shape, *part.shape, dtype=part.dtype, device=device)
 
         self.layers = tuple(tuple(blocks(part) for part in spec.parts) for _ in range(spec.num_layers))

@@ -23,11 +23,11 @@ from phase0_prototype.errors import UserError
 from phase0_prototype.hub import resolve_model
 from phase0_prototype.outputs import RequestOutput
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.seeds import derive_seed
 from phase0_prototype.tokenizer import Tokenizer, load_tokenizer
 from phase4_scheduler.core import wire
 from phase4_scheduler.core.errors import EngineError
 from phase4_scheduler.core.process import Job
-from phase4_scheduler.core.seeds import derive_seed
 from phase4_scheduler.core.supervision import State, Supervision
 from phase4_scheduler.core.supervisor import Supervisor
 from phase4_scheduler.in_flight import InFlight

@@ -79,6 +79,8 @@ class NullConfig:
             )
         if self.async_scheduling not in ("auto", "on", "off"):
             raise UserError(f"async_scheduling={self.async_scheduling!r} is not allowed: give auto, on or off")
+        if isinstance(self.swap_blocks, bool) or not isinstance(self.swap_blocks, int) or self.swap_blocks < 0:
+            raise UserError(f"swap_blocks={self.swap_blocks!r} is not allowed: give an integer from 0")
 
     @property
     def blocks(self) -> int:

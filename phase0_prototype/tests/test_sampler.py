@@ -25,6 +25,7 @@ from phase0_prototype.outputs import Logprob, position_logprobs
 from phase0_prototype.sampler import adjusted_logits, sample
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.sampling_rows import SamplingRows
+from phase0_prototype.seeds import derive_seed
 
 V = 64
 LARGE_V = 4096
@@ -129,9 +130,9 @@ def test_noise_of_some_tokens_is_that_of_all():
 
 
 def test_derived_seeds_differ_and_repeat():
-    seeds = {rng.derive_seed(seed, index) for seed in range(50) for index in range(50)}
+    seeds = {derive_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
-    assert rng.derive_seed(1, 2) == rng.derive_seed(1, 2)
+    assert derive_seed(1, 2) == derive_seed(1, 2)
 
 
 # -- the distribution -------------------------------------------------------------------------------------------------

@@ -182,18 +182,23 @@ class _Reader:
 def _open(
     context: zmq.Context[zmq.Socket[bytes]], directory: Path, kinds: tuple[int, int, int], *, bind: bool, linger: int
 ) -> list[zmq.Socket[bytes]]:
-    sockets = []
-    for name, kind in zip(_NAMES, kinds, strict=True):
-        socket = context.socket(kind)
-        socket.set_hwm(_QUEUE)
-        socket.setsockopt(zmq.LINGER, linger)
-        socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST)
-        address = f"ipc://{directory / name}"
-        if bind:
-            socket.bind(address)
-        else:
-            socket.connect(address)
-        sockets.append(socket)
+    sockets: list[zmq.Socket[bytes]] = []
+    try:
+        for name, kind in zip(_NAMES, kinds, strict=True):
+            socket = context.socket(kind)
+            sockets.append(socket)
+            socket.set_hwm(_QUEUE)
+            socket.setsockopt(zmq.LINGER, linger)
+            socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST)
+            address = f"ipc://{directory / name}"
+            if bind:
+                socket.bind(address)
+            else:
+                socket.connect(address)
+    except zmq.ZMQError:
+        for socket in sockets:
+            socket.close()
+        raise
     return sockets
 
 

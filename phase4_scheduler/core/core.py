@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from phase0_prototype.request import Request
 from phase0_prototype.sampling_params import SamplingParams
+from phase0_prototype.seeds import derive_seed
 from phase0_prototype.step import StepTokens
 from phase4_scheduler.core import wire
 from phase4_scheduler.core.channels import EngineChannels
 from phase4_scheduler.core.deltas import ALL, of_prompt, parcels, prompt_id, ranked
-from phase4_scheduler.core.seeds import derive_seed
 from phase4_scheduler.core.tally import Tally
 
 _LOG = logging.getLogger(__name__)

@@ -138,9 +138,10 @@ class Supervisor:
     async def _one_process(self, context: zmq.Context[zmq.Socket[bytes]], directory: Path) -> Exception:
         """Start a process and watch it to its end; returns why it ended."""
         self._hello, self._fault, self._ready_at = asyncio.get_running_loop().create_future(), None, None
-        process = EngineProcess(self._job, context, directory, self._on_outputs, self._on_control)
-        self._process = process
+        process: EngineProcess | None = None
         try:
+            process = EngineProcess(self._job, context, directory, self._on_outputs, self._on_control)
+            self._process = process
             await process.start()
             exited = asyncio.create_task(process.exited())
             try:
@@ -149,11 +150,12 @@ class Supervisor:
                 return self._why(process, await exited, hung)
             finally:
                 exited.cancel()
-        except OSError as error:
+        except (OSError, zmq.ZMQError) as error:  # such as too many open files: there may be some next time
             return EngineError(f"the engine's process could not be started: {error}")
         finally:
             self._process = None
-            await process.bury()
+            if process is not None:
+                await process.bury()
 
     async def _accompany(self, process: EngineProcess, exited: asyncio.Task[int]) -> str:
         """From the start to the end, or to where it has to end: then why."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from phase0_prototype.seeds import derive_seed
 from phase0_prototype.tokenizer import load_tokenizer
-from phase4_scheduler.core.seeds import derive_seed
 from phase4_scheduler.measures.chaos_client import Outcome, Told
 from phase4_scheduler.measures.chaos_plan import Ask
 from phase4_scheduler.null_engine import TEXT, TOKENIZER

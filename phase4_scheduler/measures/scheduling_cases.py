@@ -71,9 +71,9 @@ def _zeros(step: Any) -> list[list[int]]:
 
 
 def policies(options: Options) -> tuple[Figure, ...]:
-    """Waiting by policy: short and long answers that arrive at random at 90 % of what static batches can't take.
+    """Waiting by policy: short and long answers at random times, 90 % of what continuous batches can take.
 
-    Simulated: nothing here depends on the machine. "waits" is the time to the first token.
+    Simulated: nothing here depends on the machine. "wait" is the time to the first token.
     """
     figures: list[Figure] = []
     count = options.size(2000, 40)

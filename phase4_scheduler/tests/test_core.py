@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
-from phase0_prototype.rng import derive_seed
+from phase0_prototype.seeds import derive_seed
 from phase0_prototype.step import NO_TOKEN
 from phase1_memory.allocator import make_allocator
 from phase4_scheduler.core import wire

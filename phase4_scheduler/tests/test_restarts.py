@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from phase4_scheduler.core.restarts import Breaker
-from phase4_scheduler.core.seeds import derive_seed
 
 
 def breaker(**changes):
@@ -44,11 +43,3 @@ def test_there_are_never_more_starts_at_once_in_a_window_than_allowed(gaps):
             at_once.append(now)
             assert len([t for t in at_once if now - t < 100]) <= 3
         now += pause
-
-
-@settings(deadline=None)
-@given(st.integers(0, 2**63 - 1), st.integers(0, 10**9))
-def test_seeds_are_those_of_the_first_phase(seed, index):
-    from phase0_prototype.rng import derive_seed as original
-
-    assert derive_seed(seed, index) == original(seed, index)

@@ -46,16 +46,17 @@ def test_f23_five_hundred_streams_at_once_and_nobody_is_turned_away(fast: Victim
 
 @LINUX
 def test_slow_readers_cost_no_more_than_their_answers(fast: Victim) -> None:
-    """30 clients that ask for 30,000 tokens each and read nothing: sockets fill, answers wait as numbers and text."""
+    """Clients that ask for 20,000 tokens each and read nothing: sockets fill, the rest waits as numbers and text."""
     api = psutil.Process(fast.process.pid)
-    before, readers, tokens = peak(api), 30, 30_000
+    before, readers, tokens = peak(api), 10, 20_000
+    made = fast.load()["generated_tokens"] + readers * tokens
     with ExitStack() as stack:
         for _ in range(readers):
             stack.enter_context(post(fast, max_tokens=tokens, stream=True, return_token_ids=True))
-        wait(lambda: fast.load()["in_flight"] == readers, "they were not let in")
-        wait(lambda: not fast.load()["running"], "the engine waits for its readers")
+        wait(lambda: fast.load()["generated_tokens"] >= made, "the engine waits for its readers")
+        assert fast.load()["in_flight"] == readers
         assert read(post(fast, max_tokens=3)).startswith(b"HTTP/1.1 200"), "others are served"
-        assert peak(api) - before < readers * tokens * 100, "bytes: a number and a few letters for each token"
+        assert peak(api) - before < readers * (tokens * 64 + MIB), "bytes: a number and a few letters for each token"
     wait(lambda: not fast.load()["in_flight"], "they were not let go")
 
 
@@ -82,8 +83,8 @@ def test_f10_a_hundred_megabytes_are_not_kept(null: Victim) -> None:
     assert null.get("/health")[0] == 200
 
 
-def test_without_descriptors_nobody_is_served_and_afterwards_everybody(capfd: pytest.CaptureFixture[str]) -> None:
-    """Idle connections take all of 80 descriptors; even an engine that dies just then is replaced when there are some."""
+def test_without_descriptors_nobody_is_served_and_afterwards_everybody() -> None:
+    """Idle connections take all of 80 descriptors. An engine that dies just then is replaced as soon as it can be."""
     with Victim("null", NULL, OPTIONS, open_files=80) as victim:
         victim.wait_ready()
         engine = victim.engine()
@@ -104,7 +105,7 @@ def test_without_descriptors_nobody_is_served_and_afterwards_everybody(capfd: py
 @LINUX
 def test_f09_log_probabilities_of_whole_contexts_are_bounded_in_memory(tiny: Victim) -> None:
     """As many as a request may ask for, of every token of the longest prompts, eight of them at once."""
-    family = victims = tiny.family()
+    family = tiny.family()
     length = TINY["max_model_len"] - 4
     alone = json.loads(read(post(tiny, prompt=[5] * 20, max_tokens=8, temperature=0)).partition(b"\r\n\r\n")[2])
     before = [peak(process) for process in family]
@@ -117,6 +118,6 @@ def test_f09_log_probabilities_of_whole_contexts_are_bounded_in_memory(tiny: Vic
         assert answer.startswith(b"HTTP/1.1 200"), answer[:500]
         told = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["prompt_logprobs"]
         assert len(told) == length and all(len(one) >= 20 for one in told[1:])
-    grown = [peak(process) - peaked for process, peaked in zip(victims, before, strict=True)]
+    grown = [peak(process) - peaked for process, peaked in zip(family, before, strict=True)]
     assert max(grown) < 256 * MIB, grown
     wait(lambda: tiny.load()["kv_blocks_free"] == tiny.load()["kv_blocks"], "blocks are lost")

@@ -28,7 +28,7 @@ def post(victim: Victim, **fields: object) -> socket.socket:
     """Send a completion; the caller reads and closes."""
     body = json.dumps({"prompt": "x", **fields}).encode()
     sock = socket.create_connection(("127.0.0.1", int(victim.url.rpartition(":")[2])), timeout=PATIENCE)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
     sock.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     return sock
 
@@ -78,6 +78,7 @@ def test_f04_nothing_outlives_a_killed_api_and_a_killed_engine_is_replaced() -> 
                 assert len(family) == 2 and is_gone(first)
                 victim.process.kill()
                 wait(lambda: all(map(is_gone, family)), f"{family} is left", WITHIN)
+            victim.process.wait()  # its last thread holds the port
             host, _, port = victim.url.removeprefix("http://").partition(":")
             with socket.socket() as again:
                 again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,7 +97,7 @@ def test_f05_a_server_without_an_engine_refuses_with_a_time_to_come_back_and_ser
         cold = time.monotonic() - began
         engine = victim.engine()
         assert engine is not None
-        streaming = [post(victim, max_tokens=2000, stream=True) for _ in range(20)]
+        streaming = [post(victim, max_tokens=2000, stream=True) for _ in range(10)]
         assert all(one.recv(20) for one in streaming)
         kill(engine)
         wait(lambda: victim.load()["state"] == "restarting", "nobody noticed")
@@ -120,7 +121,7 @@ def test_f24_signals_while_a_server_starts_end_it_and_leave_nothing() -> None:
         assert while_starting("null", NULL, moment, kinds[i % len(kinds)]) == []
 
 
-@pytest.mark.parametrize("again", [0.0, 0.05])
+@pytest.mark.parametrize("again", [0.05, 0.5])
 def test_f24_a_second_signal_aborts_what_the_first_let_run(again: float) -> None:
     """Each request that was let in has its one end: what there is of it, as "abort"."""
     with Victim("null", NULL | {"step_seconds": 0.02}, OPTIONS) as victim:
