@@ -100,6 +100,11 @@ class AsyncLLM:
         return self._supervisor.restarts
 
     @property
+    def retry_after(self) -> float | None:
+        """Seconds after which an engine may be there that isn't now; None: nobody knows, or there is one."""
+        return self._supervisor.retry_after()
+
+    @property
     def pid(self) -> int | None:
         """Of the engine's process of now."""
         return self._supervisor.pid

@@ -28,10 +28,12 @@ class Policy:
     Attributes:
         key: of a request; the smaller goes first, and arrival decides between equals.
         preemptive: a waiting request takes the place or the memory of running ones with larger keys.
+        in_tokens: keys count tokens of work: who would have to compute more of them again than it is behind, stays.
     """
 
     key: Callable[[Request], float]
     preemptive: bool
+    in_tokens: bool = False
 
 
 def make_policy(config: SchedulerConfig) -> Policy:
@@ -39,10 +41,10 @@ def make_policy(config: SchedulerConfig) -> Policy:
     if config.scheduling_policy == "priority":
         return Policy(lambda request: request.priority, preemptive=True)
     if config.scheduling_policy == "sjf":
-        return Policy(work_left, preemptive=True)
+        return Policy(work_left, preemptive=True, in_tokens=True)
     if config.scheduling_policy == "ageing":
         rate = config.ageing_rate
-        return Policy(lambda request: work(request) + rate * request.arrival, preemptive=True)
+        return Policy(lambda request: work(request) + rate * request.arrival, preemptive=True, in_tokens=True)
     return Policy(lambda request: request.arrival, preemptive=False)
 
 

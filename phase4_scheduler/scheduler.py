@@ -348,12 +348,18 @@ class Scheduler:
         request = entry.requests[0]
         if request.num_pending:
             return
-        behind = sorted((r for r in self.running if self._key(r) > entry.key), key=self._key)
+        behind = sorted((r for r in self.running if self._gives_way(r, entry.key)), key=self._key)
         free = self.kv.num_free + self._held(behind)
         if not behind or self.kv.tables.pages(request.num_tokens) + self.spare > free:
             return
         while behind and not self._fits(request):
             self._preempt(behind.pop())
+
+    def _gives_way(self, request: Request, key: Key) -> bool:
+        """Whether a running request goes for one with this key: not for a gain that computing it again would eat up."""
+        lost = request.num_computed_tokens if self.policy.in_tokens and self.swap is None else 0
+        own, number = self._key(request)
+        return (own - lost, number) > key
 
     def _held(self, requests: list[Request]) -> int:
         """Blocks that are free when all of these go: forks that stay keep what they share."""

@@ -10,6 +10,7 @@ What a single request does wrong ends that request alone. What the loop does wro
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -72,6 +73,7 @@ class EngineCore:
         self._unseen: dict[str, Request] = {}  # sequences that were in no step yet
         self._queued: dict[str, float] = {}  # seconds that sequences without a token have waited for their first step
         self._next_pulse = 0.0
+        self._tidied_at = 0  # steps
 
     def run(self) -> None:
         """Serve until the client says `Stop`. Raises what the loop raises."""
@@ -92,11 +94,23 @@ class EngineCore:
         if now >= self._next_pulse:
             self._next_pulse = now + self.pulse
             self.channels.send_control(wire.Pulse(self.loop.counts.steps))
+            if idle is None:
+                self._tidy()
         if idle != 0.0:
             if (stats := self._tally.due(now, idle=True)) is not None:
                 self.channels.send_outputs(wire.Outputs([], stats))
             rest = self._next_pulse - now
             self.channels.wait(rest if idle is None else min(rest, idle))
+
+    def _tidy(self) -> None:
+        """Once after work: Python keeps thousands of freed objects for later, and their pages, until it collects all.
+
+        That is cheap here: what was there when the engine was ready is frozen (main.py), and no request is left.
+        """
+        steps = self.loop.counts.steps
+        if steps != self._tidied_at:
+            self._tidied_at = steps
+            gc.collect()
 
     # --- requests ---
 

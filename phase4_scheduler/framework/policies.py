@@ -22,10 +22,12 @@ class Policy:
     Attributes:
         key: of a request; the smaller goes first, and arrival decides between equals.
         preemptive: a waiting request takes the place or the memory of running ones with larger keys.
+        in_tokens: keys count tokens of work: who would have to compute more of them again than it is behind, stays.
     """
 
     key: Callable[[Request], float]
     preemptive: bool
+    in_tokens: bool = False
 
 
 def make_policy(config: SchedulerConfig) -> Policy:

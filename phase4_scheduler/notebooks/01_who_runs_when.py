@@ -177,7 +177,8 @@ def bars(found: list[list[int]]) -> list[tuple[int, int, int, int]]:
 
 
 figure, panels = plt.subplots(2, 1, figsize=(10, 4.8), sharex=True, layout="constrained")
-for axes, (who, found) in zip(panels, steps.items(), strict=True):
+for axes, who in zip(panels, WHO, strict=True):
+    found = steps[who]
     axes.barh(range(PLACES), [len(found)] * PLACES, 0.8, color="0.88")
     for place, begin, count, number in bars(found):
         axes.barh(place, count, 0.8, begin, color=ORANGE if LENGTHS[number] == SHORT else BLUE, edgecolor="white")
@@ -276,7 +277,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Left of the knee a step costs its weights, right of it its tokens. In bfloat16 a weight has two bytes and two
+# Left of the knee a step costs its weights, right of it its tokens. (One row is multiplied by another routine than two
+# or more, which is where the curve begins with a step of its own.) In bfloat16 a weight has two bytes and two
 # operations a token, so there the knee is at the machine's ridge: 184 tokens on an H200.
 #
 # Now the stall. Eight sequences generate. After 15 and 45 steps a prompt of 900 tokens comes and wants one token.
@@ -353,9 +355,7 @@ for tokens, colour, label in (
 panels[1].set(xscale="log", yscale="log", xlabel="tokens in a step", ylabel="ms", title="these steps on the curve")
 panels[1].legend()
 plt.show()
-points = [
-    roofline.Point.measured(f"{tokens} tokens", work(tokens), step_of[tokens]) for tokens in (1, DECODES, PIECE, 256)
-]
+points = [roofline.Point.measured(f"{n} token{'s' * (n > 1)}", work(n), step_of[n]) for n in (1, DECODES, PIECE, 256)]
 with tempfile.TemporaryDirectory() as folder:
     drawn = plots.roofline_plot(points, [roof], Path(folder) / "steps", title="Steps by their tokens")
     display(Image(drawn[1].read_bytes()))
@@ -563,9 +563,9 @@ def recorded(who: str, host: float, tokens: int = 40) -> list[tuple[str, float, 
 
 
 def share(spans: list[tuple[str, float, float]]) -> float:
-    """Of the time from the first step to the end of the last, the part in which one ran."""
-    ran = [(begin, end) for what, begin, end in spans if what == "step"]
-    return sum(end - begin for begin, end in ran) / (ran[-1][1] - ran[0][0])
+    """Of the time from one step to the next, the part in which one ran; the median, as a late wake-up is not ours."""
+    began = [begin for what, begin, _ in spans if what == "step"]
+    return DEVICE_SECONDS / statistics.median(b - a for a, b in itertools.pairwise(began))
 
 
 HOSTS = (0.0005, 0.002, 0.004, 0.006, 0.008)
@@ -591,7 +591,7 @@ for axes, who in zip(panels, WHO, strict=False):
         seen = [(1e3 * (begin - began), 1e3 * (end - begin)) for kind, begin, end in spans if kind == what]
         axes.broken_barh(seen, place, facecolors=colour, edgecolor="white", label=what)
     axes.set(xlim=(0, 32), yticks=[1, 2], yticklabels=["device", "host"], xlabel="time, ms", title=who)
-panels[0].legend(fontsize=7, loc="lower left", ncols=3)
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
 for who, colour in zip(WHO, (ORANGE, BLUE), strict=True):
     panels[2].plot([1e3 * h for h in HOSTS], reckoned[who], "--", color=colour)
     panels[2].plot([1e3 * h for h in HOSTS], busy[who], "o", color=colour, label=who)
@@ -821,7 +821,7 @@ async def whole_path() -> dict[str, object]:
 with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop already
     asked = pool.submit(asyncio.run, whole_path()).result()
 offline = engine("solution", max_num_seqs=STREAMS, dtype="float32")
-alone = [answer.outputs[0].token_ids for answer in offline.generate(asked["prompts"], greedy(NEW))]
+alone = [answer.outputs[0].token_ids for answer in offline.generate(asked["prompts"], greedy(NEW), progress=False)]
 assert asked["tokens"] == alone
 assert (asked["open"], asked["state"]) == (0, "stopped")
 rows = {}
@@ -848,13 +848,15 @@ for place, (way, colour) in enumerate((("AsyncLLM", BLUE), ("HTTP", ORANGE))):
     gaps_of = sorted(1e3 * (b - a) for stream_times in asked[way] for a, b in itertools.pairwise(stream_times))
     panels[1].plot(gaps_of, [1 - i / len(gaps_of) for i in range(len(gaps_of))], color=colour, label=way)
 panels[0].set(yticks=[0.14, 1.14], yticklabels=["AsyncLLM", "HTTP"], xlabel="ms to the first token", xlim=(0, None))
-panels[1].set(xscale="log", yscale="log", xlabel="ms between tokens", ylabel="share that is longer")
+panels[1].set(yscale="log", xlabel="ms between tokens", ylabel="share that is longer", xlim=(0, None))
 panels[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What is between a step and its reader: a message, a token turned into text, a line of JSON, a socket. While they
-# happen, the engine's process is in its next step.
+# Dots in a column got their first token from the same step. Whoever comes first may have a step to itself, and those
+# who come a moment later wait for its end: that is what `batch_wait` can trade for a little patience. Between a step
+# and its reader are a message, a token turned into text, a line of JSON and a socket. While they happen, the engine's
+# process is in its next step.
 #
 # One line of the cell above is there for a reason. A listening socket that is made without naming TCP as its protocol
 # works; but asyncio switches Nagle's algorithm off only where the number says TCP. Then small chunks wait for an

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -153,11 +154,14 @@ async def _load_template(service: Service) -> None:
 
 async def _sample(service: Service) -> None:
     """Once a second; a line in the log every few."""
-    seconds = 0
+    seconds = tidied = 0
     while True:
         await asyncio.sleep(1.0)
         service.sample()
         seconds += 1
+        if service.ledger.ended != tidied and not service.ledger.open_prompts:
+            tidied = service.ledger.ended
+            gc.collect()  # returns what Python keeps for later; cheap, as what lasts is frozen (front.py)
         interval = service.options.log_interval
         if interval and seconds % max(1, round(interval)) == 0:
             line = log_line(service)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 from phase4_scheduler.core.wire import Stats
@@ -44,6 +45,30 @@ class Totals:
         return Totals(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
+class Newest:
+    """The newest of many numbers, in memory that is taken once: floats that are kept, one here and one there among
+    those that are not, hold the pages of all.
+
+    Args:
+        size: how many at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._values = array("d", bytes(8 * size))
+        self._count = 0
+
+    def append(self, value: float) -> None:
+        """Take one, in place of the oldest."""
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._values))
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._values[: len(self)])
+
+
 class Meter:
     """Samples of the counters, about one a second, and times of requests.
 
@@ -54,8 +79,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.totals = Totals()
-        self.ttft: deque[float] = deque(maxlen=KEPT)
-        self.itl: deque[float] = deque(maxlen=KEPT)
+        self.ttft, self.itl = Newest(KEPT), Newest(KEPT)
         self._last = Stats()
         self._samples: deque[tuple[float, Totals]] = deque([(-math.inf, Totals())])
 

@@ -95,7 +95,7 @@ class Service:
                 503,
                 f"the engine is {self.llm.state}: try again",
                 code=self.llm.state,
-                retry_after=30 if self.llm.state == "broken" else 2,
+                retry_after=self.llm.retry_after or 2,
             )
         return self.llm.info
 

@@ -10,6 +10,7 @@ from phase0_prototype.errors import UserError
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import random_prompt
 from phase0_prototype.tests.conftest import one_thread  # noqa: F401  the same fixture here
+from phase4_scheduler.tests.scheduling import World
 from phase4_scheduler.tests.turned import Turned, Watched
 
 PROMPTS = [random_prompt(length, seed=2) for length in (1, 40, 7, 2, 19, 33)]
@@ -28,6 +29,7 @@ ASKED = {
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
 }
 PRESSED = {"block_size": 8, "num_blocks": 14, "max_model_len": 96, "watermark": 0, "max_num_batched_tokens": 16}
+SETTINGS = {"room": {}, "recompute": PRESSED, "swap": {**PRESSED, "preemption": "swap"}}
 
 
 def asked(name):
@@ -55,29 +57,46 @@ def made(tiny):
     return tiny("llama-gqa")
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, PRESSED, {**PRESSED, "preemption": "swap"}], ids=["room", "recompute", "swap"]
-)
+@pytest.fixture(scope="module")
+def ahead_of_itself(parts):
+    """For tests of steps that are launched while another runs."""
+    here = World(*parts, ahead=True)
+    here.one(2, 9)
+    for _ in range(3):
+        here.step()
+    if not here.executor.on_its_way:
+        pytest.skip("each step is waited for here: task 4.3")
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", ASKED)
 def test_it_says_the_same(name, settings, made, load):
     params = asked(name)
     right = load(made, async_scheduling="off").generate(PROMPTS * 2, params)
     llm = load(made, async_scheduling="on", **settings)
-    llm.engine.loop.executor = watched = Watched(llm.engine.loop.executor)
     outputs = llm.generate(PROMPTS * 2, params)
     assert said(outputs) == said(right)
     for output, other in zip(outputs, right, strict=True):
         same_values(output.prompt_logprobs, other.prompt_logprobs)
         for answer, known in zip(output.outputs, other.outputs, strict=True):
             same_values(answer.logprobs, known.logprobs)
-    if settings:
-        assert llm.engine.scheduler.preemptions > 0
     assert llm.engine.kv.num_free == llm.engine.kv.tables.num_blocks
+
+
+@pytest.mark.usefixtures("ahead_of_itself", "continuous")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", ASKED)
+def test_steps_are_ahead_and_memory_does_run_out_in_these_tests(name, settings, made, load):
+    llm = load(made, async_scheduling="on", **settings)
+    llm.engine.loop.executor = watched = Watched(llm.engine.loop.executor)
+    llm.generate(PROMPTS * 2, asked(name))
+    assert (llm.engine.scheduler.preemptions > 0) == bool(settings)
     # Penalties need the token that is being chosen: such steps are never launched on top of another.
     ahead = sum(watched.ahead) / len(watched.ahead)
     assert ahead == 0 if name == "penalties" else ahead > 0.8
 
 
+@pytest.mark.usefixtures("ahead_of_itself")
 def test_one_request_with_penalties_holds_the_steps_back_only_as_long_as_it_is_there(made, load):
     turned = Turned(load(made, async_scheduling="on"))
     turned.loop.executor = watched = Watched(turned.loop.executor)
@@ -87,6 +106,7 @@ def test_one_request_with_penalties_holds_the_steps_back_only_as_long_as_it_is_t
     assert not any(watched.ahead[:10]) and all(watched.ahead[12:])
 
 
+@pytest.mark.usefixtures("ahead_of_itself")
 def test_the_row_that_was_computed_for_nothing_never_shows(made, load):
     """A stop token is known one step late: a step was launched with its sequence, and its token is dropped."""
     turned = Turned(load(made, async_scheduling="on"))

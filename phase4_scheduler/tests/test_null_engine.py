@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import time
 
@@ -37,7 +39,8 @@ def test_a_step_takes_its_time_and_steps_wait_for_one_another():
     step = Step((ScheduledRequest(request("a"), 0, 3),))
     began = time.perf_counter()
     launched = [executor.launch(step) for _ in range(3)]
-    assert time.perf_counter() - began < 0.039, "launch waits"
+    pauses = [later.due - earlier.due for earlier, later in itertools.pairwise(launched)]
+    assert min(pauses) == pytest.approx(0.013), "the second is launched while the first runs"
     for number, one in enumerate(launched, start=1):
         assert executor.collect(one).token_ids == [5]
         assert time.perf_counter() - began >= 0.013 * number
@@ -49,15 +52,15 @@ def test_a_step_takes_its_time_and_steps_wait_for_one_another():
 
 def test_steps_one_ahead_leave_the_device_no_pause():
     """Host and device by turns take the sum of both; one ahead, the larger of the two. Sleeps stand for the host."""
-    seconds = {}
-    for scheduling in ("off", "on"):
+    seconds = {"off": math.inf, "on": math.inf}
+    for scheduling in ("off", "on") * 3:
         engine = build_null({"step_seconds": 0.01, "async_scheduling": scheduling})
         engine.loop.scheduler.add(request("a", tokens=25))
         began = time.perf_counter()
         while engine.loop.has_unfinished():
             engine.loop.step()
             time.sleep(0.008)
-        seconds[scheduling] = time.perf_counter() - began
+        seconds[scheduling] = min(seconds[scheduling], time.perf_counter() - began)
     print(f"25 steps of 10 ms beside 8 ms of Python: {seconds['off']:.2f} s, one ahead {seconds['on']:.2f} s")
     assert seconds["off"] > 25 * 0.018 and seconds["on"] < seconds["off"]
 
@@ -77,8 +80,10 @@ def test_blocks_are_counted_like_real_ones(preemption):
     settings = {"step_seconds": 0, "max_model_len": 64, "num_blocks": 8, "block_size": 8, "watermark": 0.0}
     engine = build_null({**settings, "preemption": preemption, "swap_blocks": 8})
     dice, scheduler = random.Random(0), engine.loop.scheduler
-    for i in range(30):
-        scheduler.add(request(str(i), dice.randint(1, 30), dice.randint(1, 30), seed=i, n=2, group=str(i // 2)))
+    for i in range(15):
+        prompt, tokens = dice.randint(1, 30), dice.randint(1, 30)
+        for k in range(2):
+            scheduler.add(request(f"{i}.{k}", prompt, tokens, seed=i, n=2, index=k, group=str(i)))
     said = turn(engine)
     assert scheduler.kv.num_free == engine.config.blocks == 8 and not scheduler.kv.tables.tables
     assert preemption == "reject" or (scheduler.preemptions > 0 and len(said) == 30)

@@ -39,7 +39,7 @@ def test_what_was_swapped_is_not_computed_again(world):
 
 @pytest.mark.usefixtures("continuous")
 @pytest.mark.parametrize("faults", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)], ids=["full", "forgetful"])
-@pytest.mark.parametrize("pieces", [{}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 4}], ids=str)
+@pytest.mark.parametrize("pieces", [{}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 6}], ids=str)
 def test_a_store_that_keeps_nothing_costs_a_recomputation_and_nothing_else(world, faults, pieces):
     here, requests = crowd(world, preemption="swap", faults=faults, **pieces)
     here.run()

@@ -138,7 +138,7 @@ def machine(parts, preemption, ahead):
 @pytest.mark.parametrize("preemption", PRESSURES)
 def test_nothing_that_happens_breaks_the_invariants(parts, preemption, ahead):
     options = settings(
-        max_examples=60,
+        max_examples=90,
         stateful_step_count=20,
         deadline=None,
         derandomize=True,
