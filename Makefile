@@ -41,7 +41,7 @@ imports: $(VENV)/.development
 	@$(BIN)/lint-imports --no-cache
 
 test: $(VENV)/.development
-	@$(BIN)/pytest -n 2 --dist worksteal
+	@GOMP_SPINCOUNT=1000 $(BIN)/pytest -n 2 --dist worksteal  # two processes compute on the same cores
 
 start-phase%: $(VENV)/.development  ## copy a phase's framework into workspace/, to be made fast by you
 	@$(BIN)/titan start phase$*

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import psutil
 
+from module0_profiling.bench_gpu import CheckFailed
 from phase4_scheduler.measures.chaos import storm
 from phase4_scheduler.measures.chaos_oracle import Expected
 from phase4_scheduler.measures.chaos_plan import Ask
@@ -40,7 +41,7 @@ def drift(
         concurrency: requests under way together.
 
     Raises:
-        AssertionError: an answer was wrong.
+        CheckFailed: an answer was wrong.
     """
     engine = victim.engine()
     assert engine is not None
@@ -48,10 +49,10 @@ def drift(
     found = (Memory("API"), Memory("engine"))
     each = -(-(len(asks) - warm_up) // parts)
     edges = [0, *range(warm_up, len(asks), each), len(asks)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         report = storm(victim, asks[begin:end], expected, concurrency=concurrency)
-        assert not report.faults, report.faults[:5]
+        if report.faults:
+            raise CheckFailed(report.faults[0])
         for memory, process in zip(found, processes, strict=True):
             memory.sizes.append(process.memory_info().rss)
-        gc.collect()
     return found

@@ -107,7 +107,7 @@ def _of_a_sequence(ask: Ask, told: Told, alone: Alone) -> list[str]:
         found.append(f"a stop string of {stops} is in {text!r}")
     if reason == "length" and (text != whole or (told.token_ids is not None and told.token_ids != alone.token_ids)):
         found.append(f"it ended by its length, too early: {text!r} of {whole!r}")
-    if reason == "stop" and (stop not in stops or not whole.startswith(text + stop)):
+    if reason == "stop" and (stop not in stops or not whole.startswith(text + str(stop))):
         found.append(f"it stopped at {stop!r} after {text!r} of {whole!r}")
     if reason == "abort" and ask.is_undisturbed:
         found.append(f"it was aborted: {stop}")

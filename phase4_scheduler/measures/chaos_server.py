@@ -35,7 +35,7 @@ class Victim:
         model: directory, shipped name or "null".
         settings: of the engine.
         options: of the command line.
-        open_files: most descriptors that it may have; None: as many as we.
+        limits: for `ulimit`, as "-n 80"; "": ours.
         directory: for its temporary files; None: ours.
 
     Attributes:
@@ -49,11 +49,11 @@ class Victim:
         settings: dict[str, Any] | None = None,
         options: Sequence[str] = (),
         *,
-        open_files: int | None = None,
+        limits: str = "",
         directory: Path | None = None,
     ) -> None:
         command = [*titan(), "serve", model, "--port", "0", "--settings", json.dumps(settings or {}), *options]
-        limited = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh"] if open_files else []
+        limited = ["sh", "-c", f'ulimit {limits} && exec "$@"', "sh"] if limits else []
         self._command = [*limited, *command]
         self._directory = directory
         self.url = ""

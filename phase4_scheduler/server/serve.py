@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from phase4_scheduler.server.options import ServerOptions
 ROOM = "phase4_scheduler"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_DESCRIPTORS = 65_536
 _AFTER_ABORT = 10.0  # seconds in which aborted requests must have been told so
 _log = logging.getLogger("titan.server")
 
@@ -61,6 +63,7 @@ def serve(config: ServeConfig) -> None:
     """
     for number in _SIGNALS:  # until the loop has its own: nothing runs yet that could be drained
         signal.signal(number, _leave)
+    _take_descriptors()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with listen(config.host, config.port) as sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -178,6 +181,18 @@ def _loop_factory() -> Any:
     except ImportError:  # not on every platform, and not needed
         return None
     return uvloop.new_event_loop
+
+
+def _take_descriptors() -> None:
+    """Raise the limit as far as allowed: each connection takes one, and shells give 1,024."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    with suppress(OSError, ValueError):  # macOS has another limit behind this one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -89,7 +89,7 @@ def test_shortest_first_has_the_least_mean_wait_of_the_policies_under_load(parts
     trace = []
     at = 0.0
     for _ in range(120):
-        at += dice.expovariate(1 / 0.8)
+        at += dice.expovariate(1 / 0.65)
         trace.append((at, dice.randint(1, 20), dice.choice([4, 4, 60]), {"priority": dice.randint(0, 3)}))
     mean = {}
     for policy in POLICIES:

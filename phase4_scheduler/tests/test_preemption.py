@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -15,6 +16,17 @@ def crowd(world, count=4, **settings):
     """As many as are admitted at once, each of which grows to a third of the memory and more."""
     here = world(num_blocks=6, page=3, **settings)
     return here, [here.one(3, 10) for _ in range(count)]
+
+
+@pytest.mark.usefixtures("continuous")
+@pytest.mark.parametrize("watermark", [0.0, 0.01, 0.2, 0.5])
+def test_admission_leaves_the_watermark_to_those_who_run(world, watermark):
+    here = world(num_blocks=20, max_num_seqs=20, max_num_batched_tokens=1000, watermark=watermark)
+    for _ in range(20):
+        here.one(4, 3)
+    here.step()
+    assert here.memory.num_free == math.ceil(watermark * 20)
+    here.run()
 
 
 @pytest.mark.usefixtures("continuous")

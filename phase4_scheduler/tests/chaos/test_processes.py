@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_f04_nothing_outlives_a_killed_api_and_a_killed_engine_is_replaced() -> 
     """`kill -9` of each process in turn, under load; children of others are not touched, and the port is free again."""
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        with Victim("null", NULL, OPTIONS) as victim:
+        with tempfile.TemporaryDirectory() as name, Victim("null", NULL, OPTIONS, directory=Path(name)) as victim:
             victim.wait_ready()
             first = victim.engine()
             assert first is not None

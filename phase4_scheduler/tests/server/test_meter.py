@@ -8,7 +8,7 @@ import pytest
 
 from phase4_scheduler.core.wire import Stats
 from phase4_scheduler.server.ledger import Ledger
-from phase4_scheduler.server.meter import Meter, percentile
+from phase4_scheduler.server.meter import Meter, Newest, percentile
 from phase4_scheduler.server.metrics import REASONS, Metrics
 
 
@@ -49,6 +49,13 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert percentile(values, 0.99) == 99
     assert percentile([7.0], 0.99) == 7
     assert percentile([], 0.5) == 0
+
+
+def test_the_newest_values_are_kept_whatever_came_before() -> None:
+    newest = Newest(4)
+    for count in range(10):
+        assert sorted(newest) == list(range(max(0, count - 4), count)) and len(newest) == min(count, 4)
+        newest.append(count)
 
 
 def test_every_accepted_request_ends_once_and_nothing_is_left() -> None:
