@@ -36,7 +36,7 @@ class Victim:
         settings: of the engine.
         options: of the command line.
         limits: for `ulimit`, as "-n 80"; "": ours.
-        directory: for its temporary files; None: ours.
+        directory: for its temporary files, which nobody removes after `kill -9`; None: one that is removed at the end.
 
     Attributes:
         process: the API's.
@@ -59,11 +59,9 @@ class Victim:
         self.url = ""
 
     def __enter__(self) -> Self:
-        more = {
-            "PYTHONUNBUFFERED": "1",
-            "OMP_NUM_THREADS": "1",
-            **({"TMPDIR": str(self._directory)} if self._directory else {}),
-        }
+        self._holder = tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)
+        directory = str(self._directory or self._holder.name)
+        more = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TMPDIR": directory}
         kept = {name: value for name, value in os.environ.items() if name != "TITAN_API_KEY"}
         self._log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
@@ -80,6 +78,7 @@ class Victim:
             kill(process)
         self.process.wait(PATIENCE)
         self._log.close()
+        self._holder.cleanup()
 
     @property
     def log(self) -> str:

@@ -5,18 +5,31 @@ from __future__ import annotations
 import asyncio
 import statistics
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+from rich.console import Console
+
+from module0_profiling import rooms
+from module0_profiling.bench import Options
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
+from phase0_prototype.workloads import SHAPE, random_checkpoint
 from phase4_scheduler.bench.arrivals import Arrival
 from phase4_scheduler.bench.client import Target
 from phase4_scheduler.bench.load import run_load
 from phase4_scheduler.bench.samples import LoadResult
-from phase4_scheduler.bench.workloads import PromptMaker, WorkItem, Workload, fixed
-from phase4_scheduler.measures import our_server
+from phase4_scheduler.bench.workloads import PromptMaker, WorkItem, Workload, fixed, mixed
+from phase4_scheduler.measures import our_server, vllm_peer
+from phase4_scheduler.measures.loads import Load, compare
 from phase4_scheduler.measures.our_server import NULL
-from phase4_scheduler.measures.servers import Launch, Server
+from phase4_scheduler.measures.servers import Launch, Server, free_port
 
+ROUNDS = 3
+BESIDE = (
+    Load("8 at a time", partial(fixed, 16, prompt=128, output=32), 8),
+    Load("short and long, 16 at a time", partial(mixed, 32, prompt=128), 16),
+)
 STREAMS, TOKENS = 64, 800
 STEP = 0.0115  # seconds: 64 streams get 5,565 tokens/s of it, if nothing is in the way
 WINDOW = 25.0  # seconds after which nobody waits for the rest
@@ -43,9 +56,22 @@ def first_token_added(use: Use) -> Measured:
     return Measured(1e3 * (statistics.median(over_http) - 0.005), f"answers of {SHORT} tokens, steps of 5 ms")
 
 
+def over_vllm(use: Use) -> Measured:
+    """Output tokens/s over those of vLLM, both up at once and served in turns: the least of two loads."""
+    options = Options("cpu", ROUNDS, rooms.ROOT / "build" / SHAPE, Console(stderr=True))
+    sizes: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 64}
+    with random_checkpoint(SHAPE, options.checkpoint) as directory:
+        settings = our_server.serving_settings("cpu", **sizes) | {"dtype": "bfloat16"}
+        ours = our_server.launch(str(directory), settings)
+        ours = replace(ours, arguments=[*ours.arguments, "--use", str(use.complete())])
+        found = compare([ours, vllm_peer.launch(directory, free_port(), device="cpu", **sizes)], BESIDE, options)
+    ratios = {f.name.partition("/")[0]: f.value for f in found if "/over " in f.name}
+    return Measured(min(ratios.values()), ", ".join(f"{name}: {value:.2f}" for name, value in ratios.items()))
+
+
 def gpu_busy(use: Use) -> Measured:
     """Share of decode steps in which a kernel runs, the worst of batches 1, 8 and 64: the 1.1B shape, bfloat16."""
-    from phase0_prototype.workloads import SHAPE, random_checkpoint, random_prompts
+    from phase0_prototype.workloads import random_prompts
     from phase4_scheduler.llm import LLM
     from phase4_scheduler.measures.gpu_cases import busy_share
 

@@ -55,7 +55,8 @@ def test_slow_readers_cost_no_more_than_their_answers(fast: Victim) -> None:
             stack.enter_context(post(fast, max_tokens=tokens, stream=True, return_token_ids=True))
         wait(lambda: fast.load()["generated_tokens"] >= made, "the engine waits for its readers")
         assert read(post(fast, max_tokens=3)).startswith(b"HTTP/1.1 200"), "others are served"
-        assert peak(api) - before < readers * (tokens * 64 + MIB), "bytes: a number and a few letters for each token"
+        # bytes: of each token a number, places in two lists, letters of up to four bytes in three texts, and room
+        assert peak(api) - before < readers * (tokens * 300 + MIB)
     wait(lambda: not fast.load()["in_flight"], "they were not let go")
 
 
@@ -96,7 +97,7 @@ def test_without_descriptors_nobody_is_served_and_afterwards_everybody() -> None
             wait(lambda: api.num_fds() >= 78, "there are descriptors left")
             kill(engine)
             wait(lambda: is_gone(engine), "it is not gone")
-        wait(lambda: victim.get("/ready")[0] == 200, "it does not come back")
+        wait(lambda: victim.load()["restarts"] > 0 and victim.get("/ready")[0] == 200, "it does not come back")
         assert read(post(victim, max_tokens=3)).startswith(b"HTTP/1.1 200")
         assert victim.end() == 0
 
