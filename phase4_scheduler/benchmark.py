@@ -7,6 +7,8 @@
     null_serving      64 streams over HTTP of an engine without a model: tokens/s, and what a token comes late
     http_overhead     the first token over HTTP beside the first of AsyncLLM
     startup           from `titan serve` to listening and to ready; `titan --help`
+    chaos             2,000 requests, clients that leave, an engine that is killed, a signal at the end: what is lost
+    drift             memory of both processes over 10,000 requests
     serving_vllm      output tokens/s of the 1.1B shape over HTTP, beside vLLM's server
     busy              share of decode steps in which a kernel runs
     decode            share of the read bandwidth that decoding one sequence reaches
@@ -58,6 +60,8 @@ CASES: dict[str, Case] = {
     "null_serving": lazily("front_cases", "null_serving"),
     "http_overhead": lazily("front_cases", "http_overhead"),
     "startup": lazily("serving_cases", "startup"),
+    "chaos": lazily("chaos_cases", "chaos"),
+    "drift": lazily("chaos_cases", "drift"),
     "serving_vllm": lazily("serving_cases", "serving_vllm"),
     "busy": lazily("gpu_cases", "busy"),
     "decode": lazily("gpu_cases", "decode"),
