@@ -50,7 +50,7 @@ def ahead_mismatches(use: Use) -> Measured:
 
 
 def throughput(use: Use) -> Measured:
-    """Time of the framework over that of these parts: 8 short and 8 long answers, eight places, titan-tiny."""
+    """Time of the framework over that of these parts: 16 short and 16 long answers, eight places, titan-tiny."""
     settings: dict[str, Any] = {"device": "cpu", "max_num_seqs": 8, "max_model_len": 512}
     llms = {
         "the framework": LLM(TINY, use=use.choose(ROOM, "framework"), **settings),
@@ -121,7 +121,7 @@ def _work() -> Workload:
 def _mixed(llm: LLM) -> Run:
     """Seconds for half short and half long answers."""
     vocab = llm.engine.config.vocab_size
-    for prompt, length in zip(random_prompts(vocab, [16] * 16), (SHORT, LONG) * 8, strict=True):
+    for prompt, length in zip(random_prompts(vocab, [16] * 32), (SHORT, LONG) * 16, strict=True):
         llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
     began = time.perf_counter()
     while llm.engine.has_unfinished():
