@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 # torch reads this at its first allocation: weights in huge pages are read faster on a CPU. Later settings do nothing.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# GNU's OpenMP, when it is loaded: a thread that waits for the others tries so many times, then sleeps. It tries 300,000
-# times by default, and on cores that others use too it then burns the time slices that the others need to come: a
-# server, its client and two compute threads on two cores were many times slower.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __all__ = ["LLM", "RequestOutput", "SamplingParams"]
 
