@@ -18,7 +18,9 @@ class SchedulerConfig:
     Attributes:
         max_num_seqs: sequences that run together at most.
         max_num_batched_tokens: tokens of a step at most, prompts and decodes together.
-        enable_chunked_prefill: a prompt may be computed in pieces. False: whole, alone if it is longer than the budget.
+        enable_chunked_prefill: a prompt may be computed in pieces. False: whole, in a step of its own if it is longer
+            than the budget; one that does not fit beside the tokens of those that generate waits until they have ended,
+            and all who come after it wait, too.
         long_prefill_token_threshold: most tokens of one prompt in a step; 0: the budget is the only limit.
         step_priority: what a step takes first: "decode" keeps tokens flowing, "prefill" begins answers sooner.
         scheduling_policy: fcfs | priority | sjf | ageing (policies.py).
