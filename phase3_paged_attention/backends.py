@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,11 @@ class Candidate:
 
 
 def candidates(
-    specs: Sequence[AttentionSpec], device: torch.device, use: Use, latent: LatentSpec | None = None
+    specs: Sequence[AttentionSpec],
+    device: torch.device,
+    use: Use,
+    latent: LatentSpec | None = None,
+    more: Mapping[str, Make] = MappingProxyType({}),
 ) -> list[Candidate]:
     """Every backend with its reasons, best first.
 
@@ -48,8 +53,9 @@ def candidates(
         device: that it runs on.
         use: whose kernels.
         latent: the shape of layers that attend to latents (MLA).
+        more: what a later phase adds for keys and values, asked first.
     """
-    makers = _makers(use) if latent is None else _latent_makers(use, latent)
+    makers = {**more, **_makers(use)} if latent is None else _latent_makers(use, latent)
     return [_ask(name, make, specs, device) for name, make in makers.items()]
 
 

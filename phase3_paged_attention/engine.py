@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,18 +38,23 @@ def build(
     use: Use | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
     *,
+    layers: type[PagedLayers] = PagedLayers,
+    more_backends: Mapping[str, backends.Make] = MappingProxyType({}),
     schedule: Callable[[PagedKVCache, Any], Any] | None = None,
     loop: Callable[..., Any] = Loop,
 ) -> Engine:
-    """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1."""
+    """Load a checkpoint and assemble an engine around it; arguments and errors as in phase 1.
+
+    `more_backends` are asked before those of this phase.
+    """
     use = use or Use()
     known = ARCHITECTURES
     if use.of(PROTOTYPE) != "solution":  # its model knows neither caps nor numbers of other types
         known = EARLIER
         if config.kv_cache_dtype != "auto":
             raise UserError(f"kv_cache_dtype={config.kv_cache_dtype!r} needs phase0=solution: its layers quantise")
-    layers = partial(_layers, config, use)
-    built = paged.build(config, use, advance, layers=layers, architectures=known, schedule=schedule, loop=loop)
+    attended = partial(_layers, config, use, layers, more_backends)
+    built = paged.build(config, use, advance, layers=attended, architectures=known, schedule=schedule, loop=loop)
     settle_scales(built.model, resolve_model(config.model))
     return built
 
@@ -61,21 +67,28 @@ def explain(model: str, kv_cache_dtype: str = "auto", device: str = "auto") -> l
     """
     settings, use = AttentionConfig(model, device=device, kv_cache_dtype=kv_cache_dtype), Use()
     config, where = load_config(resolve_model(model), architectures=ARCHITECTURES), resolve_device(device)
-    built = _unattended(settings, use, config, resolve_dtype("auto", where, config.dtype), where, None, 1)
+    built = _unattended(settings, use, PagedLayers, config, resolve_dtype("auto", where, config.dtype), where, None, 1)
     asked = _asked(built, use)
     return backends.explained(asked, next((candidate for candidate in asked if backends.fits(candidate)), None))
 
 
-def _layers(config: AttentionConfig, use: Use, *described: Any) -> PagedLayers:
+def _layers(
+    config: AttentionConfig,
+    use: Use,
+    kind: type[PagedLayers],
+    more: Mapping[str, backends.Make],
+    *described: Any,
+) -> PagedLayers:
     """Layers with the backend that was asked for, or the first that can."""
-    built = _unattended(config, use, *described)
-    built.backend = backends.choose(_asked(built, use), config.attention_backend).backend
+    built = _unattended(config, use, kind, *described)
+    built.backend = backends.choose(_asked(built, use, more), config.attention_backend).backend
     return built
 
 
 def _unattended(
     config: AttentionConfig,
     use: Use,
+    kind: type[PagedLayers],
     model: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -83,7 +96,7 @@ def _unattended(
     max_model_len: int,
     number_format: LinearFormat | None = None,
 ) -> PagedLayers:
-    return PagedLayers(
+    return kind(
         model,
         dtype,
         device,
@@ -98,9 +111,9 @@ def _unattended(
     )
 
 
-def _asked(layers: PagedLayers, use: Use) -> list[Candidate]:
+def _asked(layers: PagedLayers, use: Use, more: Mapping[str, backends.Make] = MappingProxyType({})) -> list[Candidate]:
     """Every backend, asked about all kinds of layers that the model has."""
     config = layers.config
     specs = list(dict.fromkeys(layers.attention_spec(layer) for layer in range(config.num_layers)))
     latent = config.latent if isinstance(config, DeepseekConfig) else None
-    return backends.candidates(specs, layers.device, use, latent)
+    return backends.candidates(specs, layers.device, use, latent, more)

@@ -8,14 +8,20 @@ from typing import Any
 from module0_profiling.course.parts import Use, resolve
 from phase0_prototype.engine import ROOM as PROTOTYPE
 from phase0_prototype.engine import Engine
-from phase0_prototype.engine_config import resolve_device
+from phase0_prototype.engine_config import resolve_device, resolve_runner
 from phase0_prototype.errors import UserError
 from phase1_memory.kv_cache import PagedKVCache
+from phase2_rope.engine import ROOM as ROPE
 from phase3_paged_attention import engine as attending
+from phase3_paged_attention.engine import ROOM as ATTENTION
+from phase4_scheduler.cpu_attention import CpuAttention
+from phase4_scheduler.cpu_layers import CpuLayers
 from phase4_scheduler.engine_config import ServingConfig
+from phase4_scheduler.kernels.library import why_not_cpu_kernels
 from phase4_scheduler.memory import StoreSwap
 
 ROOM = __name__.rpartition(".")[0]
+KERNELS_REPLACE = (PROTOTYPE, ROPE, ATTENTION)  # phases whose parts the CPU kernels are faster forms of
 
 
 def build(
@@ -29,7 +35,10 @@ def build(
         return scheduler.Scheduler(kv, config.scheduling, None if store is None else StoreSwap(kv, store))
 
     loop = loops.AheadLoop if runs_ahead(config, use) else loops.Loop
-    return attending.build(config, use, advance, schedule=schedule, loop=loop)
+    if not computes_on_cpu(config, use):
+        return attending.build(config, use, advance, schedule=schedule, loop=loop)
+    more = {"cpu": lambda spec, device: CpuAttention()}
+    return attending.build(config, use, advance, schedule=schedule, loop=loop, layers=CpuLayers, more_backends=more)
 
 
 def runs_ahead(config: ServingConfig, use: Use) -> bool:
@@ -42,3 +51,27 @@ def runs_ahead(config: ServingConfig, use: Use) -> bool:
     if on and use.of(PROTOTYPE) != "solution":
         raise UserError(f"async_scheduling=on needs phase0=solution, not {use.of(PROTOTYPE)}: its runner may wait")
     return on or (config.async_scheduling == "auto" and resolve_device(config.device).type == "cuda")
+
+
+def computes_on_cpu(config: ServingConfig, use: Use) -> bool:
+    """Whether the kernels of this phase run the layers.
+
+    Raises:
+        UserError: that is asked for where they can't.
+    """
+    if config.cpu_kernels == "off":
+        return False
+    device = resolve_device(config.device)
+    others = [f"{phase}={use.of(phase)}" for phase in KERNELS_REPLACE if use.of(phase) != "solution"]
+    why: str | None
+    if device.type != "cpu":
+        why = f"they are for CPUs, not {device.type}"
+    elif resolve_runner(config.runner, device) != "eager":
+        why = f"runner={config.runner} compiles torch's own operators"
+    elif others:
+        why = f"they would run in place of {', '.join(others)}"
+    else:
+        why = why_not_cpu_kernels()
+    if why and config.cpu_kernels == "on":
+        raise UserError(f"cpu_kernels=on can't be: {why}")
+    return why is None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from phase0_prototype.engine_config import resolve_device
 from phase0_prototype.errors import UserError
-from phase3_paged_attention.engine_config import AttentionConfig
+from phase3_paged_attention.engine_config import BACKENDS, AttentionConfig
 from phase4_scheduler.scheduler_config import SchedulerConfig
 
 BUDGETS = {"cuda": 2048, "cpu": 256}  # tokens of a step: enough to keep the matrix units busy, and no more to wait for
@@ -19,7 +20,11 @@ class ServingConfig(AttentionConfig):
     Attributes:
         max_num_batched_tokens: 0 chooses by device: 2048 on CUDA, 256 elsewhere.
         async_scheduling: one step ahead (loop.py): on | off | auto (on for CUDA).
+        attention_backend: also cpu, the kernel of cpu_attention.py.
+        cpu_kernels: those of kernels/ on a CPU: on | off | auto (where they can be built).
     """
+
+    backends: ClassVar[tuple[str, ...]] = ("auto", "cpu", *BACKENDS[1:])
 
     max_num_batched_tokens: int = 0
     enable_chunked_prefill: bool = True
@@ -30,14 +35,16 @@ class ServingConfig(AttentionConfig):
     batch_size: int = 8
     batch_wait: float = 0.0
     async_scheduling: str = "auto"
+    cpu_kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens == 0:
             device = resolve_device(self.device).type
             object.__setattr__(self, "max_num_batched_tokens", BUDGETS.get(device, BUDGETS["cpu"]))
         super().__post_init__()
-        if self.async_scheduling not in ("auto", "on", "off"):
-            raise UserError(f"async_scheduling={self.async_scheduling!r} is not allowed: give auto, on or off")
+        for name in ("async_scheduling", "cpu_kernels"):
+            if (value := getattr(self, name)) not in ("auto", "on", "off"):
+                raise UserError(f"{name}={value!r} is not allowed: give auto, on or off")
         _ = self.scheduling  # checks what it is made of
 
     @property

@@ -1,0 +1,104 @@
+"""Layers of phase 4: phase 3's, and on a CPU each piece between two products as one call, and the products faster.
+
+An eager decode step of the 1.1B shape is 1,100 operators of torch, of which 89 are products: the rest does next to
+nothing and takes a fifth of the step. Here it is 180 calls. `why_not_products` and `why_not_cpu_kernels` say what a
+machine can't do; what it can't, stays torch's.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase0_prototype.layers import ACTIVATIONS, MLP, RMSNorm
+from phase0_prototype.linear import Dense, Linear
+from phase2_rope import rope
+from phase3_paged_attention.layers import PagedLayers
+from phase4_scheduler.kernels import cpu
+
+
+class Panels(Dense):
+    """The weight in panels (kernels/product.cpp), made once after loading; the plain copy is dropped."""
+
+    def create(self, layer: Linear) -> None:
+        """Nothing yet: the plain weight lives from the first part's load to `finish`, so few of them exist at once."""
+
+    def load(self, layer: Linear, start: int, tensor: Tensor) -> None:
+        """Copy a part into the plain weight, which is made when the first part comes."""
+        if not hasattr(layer, "weight"):
+            super().create(layer)
+        super().load(layer, start, tensor)
+
+    def finish(self, layer: Linear) -> None:
+        """Make panels, and let the plain weight go; weights that don't divide into them stay plain."""
+        n, k = layer.weight.shape
+        if n % cpu.COLUMNS == k % 2 == 0:
+            layer.weight = cpu.panels(layer.weight)
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        """`cpu.product`."""
+        if layer.weight.dim() == 2:
+            return super().apply(layer, x)
+        return cpu.product(x, layer.weight, layer.bias)
+
+
+class CpuNorm(RMSNorm):
+    """See `RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> same."""
+        return cpu.rms_norm(x, self.weight, self.eps)
+
+
+class CpuMLP(MLP):
+    """See `MLP`; activation and product of its halves in one go."""
+
+    def __init__(self, plain: MLP, activation: str) -> None:
+        super().__init__(plain.gate_up, plain.down, ACTIVATIONS[activation])
+        self.name_of_activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return self.down(cpu.gated(self.gate_up(x), self.name_of_activation))  # type: ignore[no-any-return]
+
+
+def rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: tuple[Tensor, Tensor],
+    kv: tuple[Tensor, Tensor],
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See `phase2_rope.rope.rotate_and_write`."""
+    if interleaved or not cpu.can_turn(q, k, v, kv):
+        return rope.rotate_and_write(q, k, v, rotary, slots, kv, interleaved=interleaved)
+    cpu.turn_and_write(q, k, v, rotary, slots, kv)
+    return q, k
+
+
+class CpuLayers(PagedLayers):
+    """See `PagedLayers`; for CPUs that `why_not_cpu_kernels` has nothing against."""
+
+    def __init__(self, *described: Any, **settings: Any) -> None:
+        super().__init__(*described, **settings)
+        if self.dtype == torch.bfloat16 and cpu.why_not_product() is None:
+            self.number_format = Panels()
+        self.rope: Any = SimpleNamespace(rotate=rope.rotate, rotate_and_write=rotate_and_write)
+
+    def norm(self, name: str, size: int) -> RMSNorm:
+        """Root-mean-square normalisation over the last `size` numbers."""
+        plain = super().norm(name, size)
+        if type(plain) is not RMSNorm:
+            return plain
+        return CpuNorm(name, size, plain.eps, self.dtype, self.device)
+
+    def mlp(self, name: str) -> nn.Module:
+        """The feed-forward block."""
+        plain, activation = super().mlp(name), self.config.activation
+        return CpuMLP(plain, activation) if activation in cpu.GATES and isinstance(plain, MLP) else plain

@@ -1,0 +1,209 @@
+"""The C++ of this folder as functions of tensors. What each computes is torch's: the tests hold them against it.
+
+A call costs 3 us, of which the half is ctypes: an address is a number, and numbers are converted one by one. All
+tensors are on the CPU, float32 or bfloat16, and sums are kept in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase4_scheduler.kernels import library
+
+COLUMNS = 32  # of a panel, see product.cpp
+MULTIPLE = 16  # of numbers in a head, see attention.cpp
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
+    found = library.library(library.BUILD)
+    return getattr(found, name if dtype is None else f"{name}_{str(dtype).removeprefix('torch.')}")  # type: ignore[no-any-return]
+
+
+def why_not_product() -> str | None:
+    """Why `product` can't run here; None when it can."""
+    if why := library.why_not_cpu_kernels():
+        return why
+    return None if library.library(library.BUILD).has_product() else "this CPU has no AVX512-BF16"
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A weight [n, k] bfloat16 as `product` reads it: [n / 32, k / 2, 32, 2], n a multiple of 32 and k of 2."""
+    n, k = weight.shape
+    pairs = weight.contiguous().view(torch.int32)  # [n, k / 2]
+    return (
+        pairs.view(n // COLUMNS, COLUMNS, k // 2)
+        .transpose(1, 2)
+        .contiguous()
+        .view(weight.dtype)
+        .view(n // COLUMNS, k // 2, COLUMNS, 2)
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, k] times the transpose of the weight [n, k], plus bias [n]: [T, n], all bfloat16.
+
+    Args:
+        weight: what `panels` makes of it.
+    """
+    x = x.contiguous()
+    blocks, half = weight.shape[0], weight.shape[1]
+    assert x.shape[1] == 2 * half and x.dtype == weight.dtype
+    out = torch.empty(x.shape[0], blocks * COLUMNS, dtype=x.dtype)
+    _function("product")(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        blocks * COLUMNS,
+        2 * half,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim: `torch.nn.functional.rms_norm`, rounded once.
+
+    Args:
+        x: [rows, size], rows at any distance; more dims where they lie side by side.
+        weight: [size], x's dtype.
+    """
+    size = x.shape[-1]
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous().view(-1, size)
+    assert weight.shape == (size,) and weight.dtype == x.dtype
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _function("norm", x.dtype)(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows.shape[0],
+        size,
+        rows.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+GATES = ("silu", "gelu_tanh")
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up.
+
+    Args:
+        x: [T, 2 * size], gate and up side by side.
+        activation: of `GATES`.
+
+    Returns:
+        [T, size].
+    """
+    x = x.contiguous()
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty(rows, size, dtype=x.dtype)
+    kind, threads = GATES.index(activation), torch.get_num_threads()
+    _function("gate", x.dtype)(x.data_ptr(), out.data_ptr(), rows, size, kind, threads)
+    return out
+
+
+def turn_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: tuple[Tensor, Tensor],
+    kv: tuple[Tensor, Tensor],
+) -> None:
+    """Turn q and k in place, pairs (x[i], x[i + R/2]), and put k and v into the cache: see `phase2_rope.rope`.
+
+    Args:
+        q, k, v: [T, Hq, D] and twice [T, Hkv, D], views of one activation: heads side by side, tokens equally far apart.
+        rotary: cos and sin, [T, 1, R/2].
+        slots: block and place in it of each token, two of [T] int64.
+        kv: keys and values [blocks, P, Hkv, D].
+    """
+    tokens, heads, dim = q.shape
+    cos, sin = (x.contiguous() for x in rotary)
+    blocks, places = (x.contiguous() for x in slots)
+    _function("turn", q.dtype)(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        blocks.data_ptr(),
+        places.data_ptr(),
+        kv[0].data_ptr(),
+        kv[1].data_ptr(),
+        tokens,
+        heads,
+        k.shape[1],
+        dim,
+        cos.shape[-1],
+        q.stride(0),
+        kv[0].shape[1],
+        torch.get_num_threads(),
+    )
+
+
+def can_turn(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Any, ...]) -> bool:
+    """Whether `turn_and_write` can take these tensors."""
+    return (
+        q.stride() == k.stride() == v.stride()
+        and q.stride()[1:] == (q.shape[2], 1)
+        and all(side.dtype == q.dtype and side.is_contiguous() for side in kv)
+    )
+
+
+def attend(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    rows: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> None:
+    """Attention of one token of each sequence to its pages.
+
+    Args:
+        q: [T, Hq, D], heads side by side; D is a multiple of 16.
+        kv: keys and values [blocks, P, Hkv, D], contiguous, Hq a multiple of Hkv.
+        rows: [S] int64, the sequences' rows of q and out.
+        tables: [S, n] int64, their blocks, filled up with anything.
+        lengths: [S] int64, their tokens, at least 1.
+        out: [T, Hq, D] contiguous, written in these rows.
+        scale: of the scores.
+        window: tokens that a query sees, itself included; None: all.
+        soft_cap: scores become cap * tanh(score / cap).
+    """
+    assert q.stride()[1:] == (q.shape[2], 1) and q.shape[2] % MULTIPLE == 0 and out.is_contiguous()
+    _function("attend", q.dtype)(
+        q.data_ptr(),
+        kv[0].data_ptr(),
+        kv[1].data_ptr(),
+        rows.data_ptr(),
+        tables.data_ptr(),
+        lengths.data_ptr(),
+        out.data_ptr(),
+        len(rows),
+        tables.shape[1],
+        q.stride(0),
+        window or 0,
+        q.shape[1],
+        kv[0].shape[2],
+        q.shape[2],
+        kv[0].shape[1],
+        scale,
+        soft_cap or 0.0,
+        torch.get_num_threads(),
+    )
