@@ -8,14 +8,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "numbers.h"
 
 namespace {
 
-constexpr int64_t TILE = 64, PIECE = 1024, MOST_HEADS = 16;
-constexpr int WIDTH = 16;  // numbers in a vector along D
+constexpr int64_t TILE = 64, PIECE = 1024;
+constexpr int WIDTH = 16, MOST_HEADS = 16;  // numbers in a vector along D
 
 typedef float Wide __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
@@ -39,18 +40,18 @@ template <class T> void widen(const T *from, float *to, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] = wide(from[i]);
 }
 
-// scores [tokens][G] of keys [tokens][dim] and queries [dim][G], four tokens at a time: one multiply-add waits for
-// the one before it.
+// scores [tokens][G] of keys [tokens][dim] and queries [dim][G], eight tokens at a time: one multiply-add waits four
+// cycles for the one before it, and two start in each. What lies behind the last token is multiplied too, and not used.
 template <int G> void multiply_by_head(const float *keys, const float *queries, float *scores, int64_t n, int64_t dim) {
     typedef typename Lanes<G>::type Heads;
-    for (int64_t t = 0; t < n; t += 4) {
-        Heads sums[4] = {};
+    for (int64_t t = 0; t < n; t += 8) {
+        Heads sums[8] = {};
         for (int64_t d = 0; d < dim; d++) {
             const Heads q = *(const Heads *)(queries + d * G);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sums[i] += keys[(t + i) * dim + d] * q;
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) sums[i] += keys[(t + i) * dim + d] * q;
         }
-        for (int i = 0; i < 4; i++) *(Heads *)(scores + (t + i) * G) = sums[i];
+        for (int i = 0; i < 8; i++) *(Heads *)(scores + (t + i) * G) = sums[i];
     }
 }
 
@@ -78,26 +79,31 @@ void add_values(const float *values, const float *weights, float *sums, float fa
     }
 }
 
-// Heads first..first + heads of those that share kv head `shared`: sums [heads][dim], largest and total [heads].
+// Floats that a thread needs.
+template <int G> int64_t scratch(int64_t dim) { return (2 * TILE + G) * dim + TILE * G; }
+
+// Some heads of those that share kv head `shared`: sums [heads][dim], largest and total [heads].
 template <class T, int G>
 void attend(const Shape &shape, const Work &work, const T *q, int64_t shared, int64_t heads, const T *keys,
-            const T *values, const int64_t *table, float *sums, float *largest, float *total) {
+            const T *values, const int64_t *table, float *room, float *sums, float *largest, float *total) {
     constexpr bool BY_HEAD = G >= 4;
-    const int64_t dim = shape.dim;
-    std::vector<float> room((2 * TILE + G) * dim + TILE * G);
-    float *k = room.data(), *v = k + TILE * dim, *queries = v + TILE * dim, *scores = queries + G * dim;
+    typedef typename Lanes<G>::type Heads;
+    const int64_t dim = shape.dim, page = shape.page, apart = shape.kv_heads * dim;
+    float *k = room, *v = k + TILE * dim, *queries = v + TILE * dim, *scores = queries + G * dim;
+    Heads most = Heads{} - std::numeric_limits<float>::infinity(), total_of = {};
+    std::fill_n(queries, G * dim, 0.0f);
     for (int64_t g = 0; g < heads; g++)
         for (int64_t d = 0; d < dim; d++) queries[BY_HEAD ? d * G + g : g * dim + d] = wide(q[g * dim + d]) * shape.scale;
     std::fill_n(sums, heads * dim, 0.0f);
-    std::fill_n(largest, heads, -std::numeric_limits<float>::infinity());
-    std::fill_n(total, heads, 0.0f);
     for (int64_t from = work.from; from < work.to; from += TILE) {
         const int64_t n = std::min(TILE, work.to - from);
-        for (int64_t t = 0; t < n; t++) {
-            const int64_t at = from + t, slot = table[at / shape.page] * shape.page + at % shape.page;
-            const int64_t entry = (slot * shape.kv_heads + shared) * dim;
-            widen(keys + entry, k + t * dim, dim);
-            widen(values + entry, v + t * dim, dim);
+        for (int64_t t = 0; t < n;) {
+            const int64_t place = (from + t) % page, stop = std::min(n, t + page - place);
+            int64_t entry = ((table[(from + t) / page] * page + place) * shape.kv_heads + shared) * dim;
+            for (; t < stop; t++, entry += apart) {
+                widen(keys + entry, k + t * dim, dim);
+                widen(values + entry, v + t * dim, dim);
+            }
         }
         if (BY_HEAD)
             multiply_by_head<G>(k, queries, scores, n, dim);
@@ -105,19 +111,21 @@ void attend(const Shape &shape, const Work &work, const T *q, int64_t shared, in
             multiply_by_dim<G>(k, queries, scores, n, dim);
         if (shape.soft_cap > 0)
             for (int64_t i = 0; i < n * G; i++) scores[i] = shape.soft_cap * std::tanh(scores[i] / shape.soft_cap);
-        for (int64_t g = 0; g < heads; g++) {
-            float most = largest[g], sum = 0;
-            for (int64_t t = 0; t < n; t++) most = std::max(most, scores[t * G + g]);
-            const float factor = exponential(largest[g] - most);
-            for (int64_t t = 0; t < n; t++) sum += scores[t * G + g] = exponential(scores[t * G + g] - most);
-            total[g] = total[g] * factor + sum;
-            largest[g] = most;
+        Heads *by_token = (Heads *)scores, before = most;
+        for (int64_t t = 0; t < n; t++) most = by_token[t] > most ? by_token[t] : most;
+        for (int g = 0; g < G; g++) before[g] = exponential(before[g] - most[g]);
+        for (int64_t t = 0; t < n; t++) by_token[t] -= most;
+#pragma omp simd
+        for (int64_t i = 0; i < n * G; i++) scores[i] = exponential(scores[i]);
+        total_of *= before;
+        for (int64_t t = 0; t < n; t++) total_of += by_token[t];
+        for (int64_t g = 0; g < heads; g++)
             if (dim % (4 * WIDTH) == 0)
-                add_values<G, 4>(v, scores + g, sums + g * dim, factor, n, dim);
+                add_values<G, 4>(v, scores + g, sums + g * dim, before[g], n, dim);
             else
-                add_values<G, 1>(v, scores + g, sums + g * dim, factor, n, dim);
-        }
+                add_values<G, 1>(v, scores + g, sums + g * dim, before[g], n, dim);
     }
+    for (int64_t g = 0; g < heads; g++) largest[g] = most[g], total[g] = total_of[g];
 }
 
 template <class T>
@@ -142,6 +150,7 @@ void run(const T *q, const T *keys, const T *values, const int64_t *rows, const 
                                                            : attend<T, 16>;
 #pragma omp parallel num_threads(threads)
     {
+        const std::unique_ptr<float[]> room(new float[scratch<MOST_HEADS>(dim)]), joined(new float[dim]);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t w = 0; w < count; w++)
             for (int64_t place = 0; place < places; place++) {
@@ -150,7 +159,7 @@ void run(const T *q, const T *keys, const T *values, const int64_t *rows, const 
                 const int64_t heads = std::min(at_once, group - first);
                 float *sums = found.data() + (w * places + place) * entry, *largest = sums + at_once * dim;
                 attend_heads(shape, work, q + rows[work.sequence] * q_stride + (shared * group + first) * dim, shared,
-                             heads, keys, values, tables + work.sequence * table_width, sums, largest,
+                             heads, keys, values, tables + work.sequence * table_width, room.get(), sums, largest,
                              largest + at_once);
             }
 #pragma omp for schedule(static)
@@ -161,17 +170,15 @@ void run(const T *q, const T *keys, const T *values, const int64_t *rows, const 
                 auto piece = [&](int64_t i) { return found.data() + ((w + i) * places + place) * entry; };
                 float most = -std::numeric_limits<float>::infinity(), total = 0;
                 for (int64_t i = 0; i < works[w].pieces; i++) most = std::max(most, piece(i)[at_once * dim + g]);
+                std::fill_n(joined.get(), dim, 0.0f);
                 for (int64_t i = 0; i < works[w].pieces; i++) {
-                    const float *largest = piece(i) + at_once * dim;
-                    total += largest[at_once + g] * exponential(largest[g] - most);
+                    const float *sums = piece(i);
+                    const float factor = exponential(sums[at_once * dim + g] - most);
+                    total += sums[at_once * (dim + 1) + g] * factor;
+                    for (int64_t d = 0; d < dim; d++) joined[d] += sums[g * dim + d] * factor;
                 }
                 T *to = out + (rows[works[w].sequence] * shape.q_heads + head) * dim;
-                for (int64_t d = 0; d < dim; d++) {
-                    float sum = 0;
-                    for (int64_t i = 0; i < works[w].pieces; i++)
-                        sum += piece(i)[g * dim + d] * exponential(piece(i)[at_once * dim + g] - most);
-                    to[d] = narrow<T>(sum / total);
-                }
+                for (int64_t d = 0; d < dim; d++) to[d] = narrow<T>(joined[d] / total);
             }
         }
     }

@@ -23,15 +23,18 @@ void norm_rows(const T *x, const T *weight, T *out, int64_t rows, int64_t size, 
     }
 }
 
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+struct Silu {
+    static inline float of(float x) { return x / (1.0f + exponential(-x)); }
+};
 
 // x / 2 * (1 + tanh(y)) with y = sqrt(2 / pi) * (x + 0.044715 x^3), and (1 + tanh(y)) / 2 = 1 / (1 + e^(-2 y))
-inline float gelu_tanh(float x) { return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x))); }
+struct GeluTanh {
+    static inline float of(float x) { return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x))); }
+};
 
 // activation(gate) * up, of rows that hold gate and up side by side: [rows, 2 * size] -> [rows, size]. Cut into pieces,
 // so that one row is work for several threads.
-template <class T, class Activation>
-void gate_rows(const T *x, T *out, int64_t rows, int64_t size, int threads, Activation activation) {
+template <class Activation, class T> void gate_rows(const T *x, T *out, int64_t rows, int64_t size, int threads) {
     constexpr int64_t PIECE = 1024;
     const int64_t pieces = (size + PIECE - 1) / PIECE;
 #pragma omp parallel for num_threads(threads) collapse(2) if (rows * size > ALONE / 4)
@@ -41,15 +44,15 @@ void gate_rows(const T *x, T *out, int64_t rows, int64_t size, int threads, Acti
             const T *gate = x + row * 2 * size, *up = gate + size;
 #pragma omp simd
             for (int64_t i = from; i < to; i++)
-                out[row * size + i] = narrow<T>(activation(wide(gate[i])) * wide(up[i]));
+                out[row * size + i] = narrow<T>(Activation::of(wide(gate[i])) * wide(up[i]));
         }
 }
 
 template <class T> void gate(const T *x, T *out, int64_t rows, int64_t size, int kind, int threads) {
     if (kind)
-        gate_rows(x, out, rows, size, threads, gelu_tanh);
+        gate_rows<GeluTanh>(x, out, rows, size, threads);
     else
-        gate_rows(x, out, rows, size, threads, silu);
+        gate_rows<Silu>(x, out, rows, size, threads);
 }
 
 // Turns the pairs (x[i], x[i + half]) of the heads of q and k in place, and copies k and v to their slots in the cache.

@@ -24,7 +24,7 @@ from phase0_prototype.errors import UserError
 HERE = Path(__file__).parent
 SOURCES = ("product.cpp", "elementwise.cpp", "attention.cpp")
 HEADERS = ("numbers.h",)
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 BUILD = rooms.ROOT / "build" / "cpu"
 BUILD_SECONDS = 300
 
