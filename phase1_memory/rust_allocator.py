@@ -10,12 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from module0_profiling import rooms
+from module0_profiling import built, rooms
 from phase0_prototype.errors import UserError
 from phase1_memory.runs import Run, Want, refusal
 
@@ -39,7 +36,6 @@ RUSTC = (
     "-Cpanic=abort",
     "-Cstrip=symbols",
 )
-BUILD_SECONDS = 300
 TOO_SMALL = -(1 << 63)
 
 Rows = NDArray[np.int64]
@@ -188,37 +184,27 @@ def file_of(build: Path) -> Path:
 
 
 def _build(file: Path) -> None:
-    """Compile in a folder of its own and move the result to its place: others may do the same at the same time."""
+    """Raises RustMissing with the compiler's first error."""
     cargo, rustc = shutil.which("cargo"), shutil.which("rustc")
     if cargo is None and rustc is None:
         raise RustMissing("no Rust compiler is on PATH: get one at https://rustup.rs")
+
+    def make(folder: Path) -> Path:
+        for source in FILES:
+            shutil.copy(SOURCE / source, folder)
+        target = folder / "target"
+        command = [str(rustc), *RUSTC, "--out-dir", str(target), "buddy.rs"]
+        if cargo is not None:
+            command = [cargo, "build", "--release", "--offline", "--quiet", "--target-dir", str(target)]
+        built.run([command], folder, "the Rust allocator")
+        made = [path for path in target.rglob(f"*buddy{SUFFIX}") if "deps" not in path.parts]
+        if not made:
+            raise built.BuildError("the Rust compiler says that all is well, and made no library")
+        return made[0]
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix="making-") as name:
-            folder = Path(name)
-            for source in FILES:
-                shutil.copy(SOURCE / source, folder)
-            target = folder / "target"
-            if cargo is not None:
-                _run([cargo, "build", "--release", "--offline", "--quiet", "--target-dir", str(target)], folder)
-            else:
-                _run([str(rustc), *RUSTC, "--out-dir", str(target), "buddy.rs"], folder)
-            made = [path for path in target.rglob(f"*buddy{SUFFIX}") if "deps" not in path.parts]
-            if not made:
-                raise RustMissing("the Rust compiler says that all is well, and made no library")
-            os.replace(made[0], file)
+        built.build(file, make)
+    except built.BuildError as error:
+        raise RustMissing(str(error)) from None
     except OSError as error:
         raise RustMissing(f"cannot build the Rust allocator in {file.parent}: {error.strerror or error}") from None
-
-
-def _run(command: list[str], folder: Path) -> None:
-    """Raises RustMissing with the compiler's first error."""
-    name = Path(command[0]).name
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RustMissing(f"{name} did not build the Rust allocator within {BUILD_SECONDS} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        first = next((line for line in lines if line.startswith("error")), lines[0])
-        raise RustMissing(f"{name} cannot build the Rust allocator: {first}")

@@ -28,7 +28,7 @@ def serve(
     kv_cache_memory_bytes: Annotated[Number, typer.Option(help="Bytes of the KV cache.")] = None,
     block_size: Annotated[Number, typer.Option(help="Tokens of a KV block.")] = None,
     kv_cache_dtype: Annotated[Text, typer.Option(help="Number format of the KV cache.")] = None,
-    attention_backend: Annotated[Text, typer.Option(help="triton, flashinfer, torch, mine or auto.")] = None,
+    attention_backend: Annotated[Text, typer.Option(help="cpu, triton, flashinfer, torch, mine or auto.")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
     seed: Annotated[Number, typer.Option(help="Random choices of requests without one derive from it.")] = None,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs, priority, sjf or ageing.")] = "fcfs",

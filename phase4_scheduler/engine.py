@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +37,10 @@ def build(
         return scheduler.Scheduler(kv, config.scheduling, None if store is None else StoreSwap(kv, store))
 
     loop = loops.AheadLoop if runs_ahead(config, use) else loops.Loop
-    if not computes_on_cpu(config, use):
-        return attending.build(config, use, advance, schedule=schedule, loop=loop)
-    more = {"cpu": lambda spec, device: CpuAttention()}
-    return attending.build(config, use, advance, schedule=schedule, loop=loop, layers=CpuLayers, more_backends=more)
+    more: dict[str, Any] = {}
+    if why_not_on_cpu(config, use) is None:
+        more = {"layers": CpuLayers, "more_backends": {"cpu": lambda spec, device: CpuAttention()}}
+    return attending.build(config, use, advance, schedule=schedule, loop=loop, **more)
 
 
 def runs_ahead(config: ServingConfig, use: Use) -> bool:
@@ -53,25 +55,32 @@ def runs_ahead(config: ServingConfig, use: Use) -> bool:
     return on or (config.async_scheduling == "auto" and resolve_device(config.device).type == "cuda")
 
 
-def computes_on_cpu(config: ServingConfig, use: Use) -> bool:
-    """Whether the kernels of this phase run the layers.
+def why_not_on_cpu(config: ServingConfig, use: Use) -> str | None:
+    """Why the CPU kernels don't run the layers, in one line; None: they do.
 
     Raises:
-        UserError: that is asked for where they can't.
+        UserError: they were asked for.
     """
-    if config.cpu_kernels == "off":
-        return False
     device = resolve_device(config.device)
     others = [f"{phase}={use.of(phase)}" for phase in KERNELS_REPLACE if use.of(phase) != "solution"]
     why: str | None
-    if device.type != "cpu":
+    if config.cpu_kernels == "off":
+        why = "cpu_kernels=off"
+    elif device.type != "cpu":
         why = f"they are for CPUs, not {device.type}"
     elif resolve_runner(config.runner, device) != "eager":
         why = f"runner={config.runner} compiles torch's own operators"
     elif others:
         why = f"they would run in place of {', '.join(others)}"
-    else:
-        why = why_not_cpu_kernels()
+    elif why := why_not_cpu_kernels():
+        _warn_once(why)
+    if why and config.attention_backend == "cpu":
+        raise UserError(f"attention_backend=cpu needs the CPU kernels: {why}")
     if why and config.cpu_kernels == "on":
         raise UserError(f"cpu_kernels=on can't be: {why}")
-    return why is None
+    return why
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    logging.getLogger(__name__).warning("without the CPU kernels a step takes longer: %s", why)

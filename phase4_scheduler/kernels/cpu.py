@@ -16,7 +16,6 @@ from torch import Tensor
 from phase4_scheduler.kernels import library
 
 COLUMNS = 32  # of a panel, see product.cpp
-MULTIPLE = 16  # of numbers in a head, see attention.cpp
 
 
 @functools.cache
@@ -124,7 +123,8 @@ def turn_and_write(
     """Turn q and k in place, pairs (x[i], x[i + R/2]), and put k and v into the cache: see `phase2_rope.rope`.
 
     Args:
-        q, k, v: [T, Hq, D] and twice [T, Hkv, D], views of one activation: heads side by side, tokens equally far apart.
+        q, k, v: [T, Hq, D] and twice [T, Hkv, D], views of one activation: heads side by side,
+            tokens equally far apart.
         rotary: cos and sin, [T, 1, R/2].
         slots: block and place in it of each token, two of [T] int64.
         kv: keys and values [blocks, P, Hkv, D].
@@ -165,45 +165,48 @@ def can_turn(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Any, ...]) -> bool:
 def attend(
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: Tensor,
+    starts: Tensor,
     tables: Tensor,
     lengths: Tensor,
-    out: Tensor,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-) -> None:
-    """Attention of one token of each sequence to its pages.
+) -> Tensor:
+    """Causal attention of the last tokens of each sequence to its pages.
 
     Args:
-        q: [T, Hq, D], heads side by side; D is a multiple of 16.
-        kv: keys and values [blocks, P, Hkv, D], contiguous, Hq a multiple of Hkv.
-        rows: [S] int64, the sequences' rows of q and out.
+        q: [T, Hq, D], heads side by side.
+        kv: keys and values [blocks, P, Hkv, D], contiguous, Hq a multiple of Hkv; the tokens' own are in them.
+        starts: [S + 1] int64, sequence s has rows starts[s] .. starts[s + 1] - 1 of q, at least one.
         tables: [S, n] int64, their blocks, filled up with anything.
-        lengths: [S] int64, their tokens, at least 1.
-        out: [T, Hq, D] contiguous, written in these rows.
+        lengths: [S] int64, their tokens, these included.
         scale: of the scores.
         window: tokens that a query sees, itself included; None: all.
         soft_cap: scores become cap * tanh(score / cap).
+
+    Returns:
+        [T, Hq, D].
     """
-    assert q.stride()[1:] == (q.shape[2], 1) and q.shape[2] % MULTIPLE == 0 and out.is_contiguous()
+    assert q.stride()[1:] == (q.shape[2], 1) and tables.stride(1) == 1
+    out = torch.empty(q.shape, dtype=q.dtype)
     _function("attend", q.dtype)(
         q.data_ptr(),
         kv[0].data_ptr(),
         kv[1].data_ptr(),
-        rows.data_ptr(),
+        starts.data_ptr(),
         tables.data_ptr(),
         lengths.data_ptr(),
         out.data_ptr(),
-        len(rows),
-        tables.shape[1],
+        len(lengths),
+        tables.stride(0),
         q.stride(0),
-        window or 0,
         q.shape[1],
         kv[0].shape[2],
         q.shape[2],
         kv[0].shape[1],
+        window or 0,
         scale,
         soft_cap or 0.0,
         torch.get_num_threads(),
     )
+    return out

@@ -9,16 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from module0_profiling import rooms
+from module0_profiling import built, rooms
+from module0_profiling.gpu_tools import MissingTool, find_host_compiler
 from phase0_prototype.errors import UserError
 
 HERE = Path(__file__).parent
@@ -26,7 +22,6 @@ SOURCES = ("product.cpp", "elementwise.cpp", "attention.cpp")
 HEADERS = ("numbers.h",)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 BUILD = rooms.ROOT / "build" / "cpu"
-BUILD_SECONDS = 300
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
@@ -97,36 +92,25 @@ def _cpu() -> bytes:
 
 
 def _build(file: Path) -> None:
-    """Compile in a folder of its own and move the result to its place: others may do the same at the same time."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if compiler is None:
-        raise CpuKernelsMissing("no C++ compiler is on PATH: install g++ or clang++")
+    """Raises CpuKernelsMissing with the compiler's first error."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix="making-") as name:
-            folder = Path(name)
-            objects = [str(folder / source) + ".o" for source in SOURCES]
-            _run([[compiler, *FLAGS, "-c", str(HERE / s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)])
-            _run([[compiler, "-shared", "-fopenmp", *objects, "-o", str(folder / "made.so")]])
-            os.replace(folder / "made.so", file)
+        compiler = str(find_host_compiler())
+    except MissingTool:
+        raise CpuKernelsMissing("no C++ compiler is on PATH: install g++") from None
+    if "clang" in Path(compiler).name:
+        raise CpuKernelsMissing(f"{compiler} brings an OpenMP of its own beside torch's: install g++")
+
+    def make(folder: Path) -> Path:
+        what, made = "the CPU kernels", folder / "made.so"
+        objects = [str(folder / source) + ".o" for source in SOURCES]
+        each = [[compiler, *FLAGS, "-c", str(HERE / s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)]
+        built.run(each, folder, what)
+        built.run([[compiler, "-shared", "-fopenmp", *objects, "-o", str(made)]], folder, what)
+        return made
+
+    try:
+        built.build(file, make)
+    except built.BuildError as error:
+        raise CpuKernelsMissing(str(error)) from None
     except OSError as error:
         raise CpuKernelsMissing(f"cannot build the CPU kernels in {file.parent}: {error.strerror or error}") from None
-
-
-def _run(commands: Sequence[Sequence[str]]) -> None:
-    """Run them side by side. Raises CpuKernelsMissing with the compiler's first error."""
-    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
-    try:
-        said = [process.communicate(timeout=BUILD_SECONDS)[1] for process in running]
-    except subprocess.TimeoutExpired:
-        raise CpuKernelsMissing(f"{commands[0][0]} did not build the CPU kernels within {BUILD_SECONDS} s") from None
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    for process, text in zip(running, said, strict=True):
-        if process.returncode:
-            lines = text.strip().splitlines() or [f"exit status {process.returncode}"]
-            first = next((line for line in lines if "error" in line), lines[0])
-            raise CpuKernelsMissing(f"{Path(commands[0][0]).name} cannot build the CPU kernels: {first}")

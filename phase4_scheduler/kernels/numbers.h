@@ -1,6 +1,7 @@
 // Numbers as the engine keeps them, and as these loops compute with them: float32.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,9 +31,9 @@ template <> inline bf16 narrow<bf16>(float x) {
 }
 
 // e^x within 2e-7 of it, in a form that a compiler vectorises: 2^n times a polynomial in the rest (Cephes' expf, by
-// Stephen L. Moshier). x below -87 gives about 1e-38.
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+// Stephen L. Moshier). What would be less than 1e-37 is 0, and more than 1e38 is infinite.
+static inline float exponential(float given) {
+    const float x = given < -86.0f ? -86.0f : given > 88.0f ? 88.0f : given;
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum has no fraction
     const float n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -46,5 +47,5 @@ static inline float exponential(float x) {
     const uint32_t power = uint32_t(int32_t(n) + 127) << 23;
     float scale;
     memcpy(&scale, &power, sizeof scale);
-    return p * scale;
+    return given < -86.0f ? 0.0f : given > 88.0f ? INFINITY : p * scale;
 }
