@@ -4,6 +4,7 @@
     policies          waiting by policy near saturation, and with static batches, on a simulated clock
     async_steps       how busy a device is with Python between its steps, one after the other and one ahead
     chunking          gaps between tokens while long prompts come; static and continuous batches (titan-tiny)
+    cpu_step          a step of the 1.1B shape by torch's operators and by the CPU kernels
     null_serving      64 streams over HTTP of an engine without a model: tokens/s, and what a token comes late
     http_overhead     the first token over HTTP beside the first of AsyncLLM
     startup           from `titan serve` to listening and to ready; `titan --help`
@@ -57,6 +58,7 @@ CASES: dict[str, Case] = {
     "policies": lazily("scheduling_cases", "policies"),
     "async_steps": lazily("scheduling_cases", "async_steps"),
     "chunking": lazily("engine_cases", "chunking"),
+    "cpu_step": lazily("cpu_step_cases", "cpu_step"),
     "null_serving": lazily("front_cases", "null_serving"),
     "http_overhead": lazily("front_cases", "http_overhead"),
     "startup": lazily("serving_cases", "startup"),
