@@ -1,4 +1,4 @@
-"""Libraries that are built on the machine that runs them: once, by its compiler, into a file that others may want too."""
+"""Libraries that are built on the machine that runs them: once, by its compiler, into a file that all may want."""
 
 from __future__ import annotations
 

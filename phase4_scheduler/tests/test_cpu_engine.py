@@ -1,4 +1,4 @@
-"""The engine on the CPU kernels: the tokens of transformers in float32, and in bfloat16 no further from it than torch."""
+"""The engine on the CPU kernels: tokens of transformers in float32, and in bfloat16 no further from it than torch."""
 
 from __future__ import annotations
 

@@ -84,7 +84,10 @@ def test_norms(shape, dtype):
 def test_gates(shape, activation, dtype):
     x = numbers(shape[0], 2 * shape[1], dtype=dtype) * 4
     gate, up = x.double().chunk(2, -1)
-    functions = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    }
     exact = functions[activation](gate) * up
     assert_close(cpu.gated(x, activation), exact, (gate * up).abs())
 

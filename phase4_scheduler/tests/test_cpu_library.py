@@ -136,7 +136,10 @@ def test_without_them_the_engine_says_so_once_and_goes_on(nowhere, caplog):
     [
         ({"cpu_kernels": "maybe"}, "give auto, on or off"),
         ({"cpu_kernels": "on", "runner": "compile"}, "runner=compile compiles torch's own operators"),
-        ({"attention_backend": "cpu", "cpu_kernels": "off"}, "attention_backend=cpu needs the CPU kernels: cpu_kernels=off"),
+        (
+            {"attention_backend": "cpu", "cpu_kernels": "off"},
+            "attention_backend=cpu needs the CPU kernels: cpu_kernels=off",
+        ),
         ({"attention_backend": "cpu", "kv_cache_dtype": "fp8_e4m3"}, "caches in the model's dtype, not fp8_e4m3"),
     ],
     ids=str,
