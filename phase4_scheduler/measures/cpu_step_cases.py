@@ -9,10 +9,9 @@ from module0_profiling.bench import Options, figure, ratio
 from module0_profiling.bench_gpu import CheckFailed
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
-from module0_profiling.hardware import detect
-from module0_profiling.peak_measure import read_bandwidth_now
 from module0_profiling.results import Figure
-from phase0_prototype.workloads import SHAPE, TINY, bytes_per_step, random_checkpoint, random_prompts, run_ours
+from phase0_prototype.bandwidth import decode_shares
+from phase0_prototype.workloads import SHAPE, TINY, random_checkpoint, random_prompts, run_ours
 from phase4_scheduler.kernels import cpu
 from phase4_scheduler.kernels.library import why_not_cpu_kernels
 from phase4_scheduler.llm import LLM
@@ -40,7 +39,6 @@ def cpu_step(options: Options) -> tuple[Figure, ...]:
 def _steps(llms: dict[str, LLM], options: Options) -> list[Figure]:
     batches, new = options.size(len(BATCHES), 2), options.size(NEW, 3)
     steps: dict[tuple[str, str], list[float]] = {}
-    share: list[float] = []
     for round_ in range(options.rounds + 1):
         for way in list(llms) if round_ % 2 else reversed(list(llms)):
             llm = llms[way]
@@ -51,13 +49,12 @@ def _steps(llms: dict[str, LLM], options: Options) -> list[Figure]:
                 continue
             for name, seconds in found.items():
                 steps.setdefault((name, way), []).append(seconds)
-            if way == "kernels":
-                reads = bytes_per_step(llm, SHORT, new) / found["decode, batch 1"]
-                share.append(reads / read_bandwidth_now(detect("cpu")))
     figures = [figure(f"{name}/{way}", [1e3 * s for s in values], "ms") for (name, way), values in steps.items()]
     for name in dict.fromkeys(name for name, _ in steps):
         figures.append(ratio(f"{name}/speedup", steps[name, "torch"], steps[name, "kernels"]))
-    return [*figures, figure("decode, batch 1/share of the bandwidth", share, "")]
+    shares = decode_shares(llms["kernels"], options.rounds)
+    note = f"GB/s read: {statistics.median(shares.bandwidth) / 1e9:.1f}; {shares.skipped} unsteady rounds repeated"
+    return [*figures, figure("decode, batch 1/share of the bandwidth", shares.shares, "", note)]
 
 
 def _decode(llm: LLM, batch: int, new: int, seed: int) -> float:
