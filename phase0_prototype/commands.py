@@ -47,11 +47,11 @@ def generate(
     from phase0_prototype.errors import UserError
     from phase0_prototype.sampling_params import SamplingParams
 
-    more = _json("--params", params, '{"n": 1}')
+    more = json_option("--params", params, '{"n": 1}')
     engine = {"dtype": dtype, "device": device, "runner": runner, "max_model_len": max_model_len}
     later = {"attention_backend": attention_backend, "kv_cache_dtype": kv_cache_dtype}
     engine |= {name: value for name, value in later.items() if value}
-    engine |= _json("--settings", settings, '{"max_num_seqs": 4}')
+    engine |= json_option("--settings", settings, '{"max_num_seqs": 4}')
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -123,7 +123,8 @@ def run(
         notes.print(said, style="bold")
 
 
-def _json(option: str, text: str, example: str) -> dict[str, Any]:
+def json_option(option: str, text: str, example: str) -> dict[str, Any]:
+    """The JSON object that an option was given; UserError where it is none, with an example of one."""
     from phase0_prototype.errors import UserError
 
     try:

@@ -50,12 +50,13 @@ def serve(
     stream_timeout: Annotated[float, typer.Option(min=1, help="Seconds that a client may take nothing.")] = 60.0,
     sse_keep_alive_interval: Annotated[float, typer.Option(min=0, help="Seconds between comments; 0: none.")] = 0.0,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, in place of the checkpoint's.")] = None,
+    generation_config: Annotated[str, typer.Option(help="Defaults of sampling: auto (the checkpoint's), vllm.")] = "auto",
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish in after SIGTERM.")] = 30.0,
     hang_timeout: Annotated[float, typer.Option(min=1, help="Seconds of silence of a healthy engine.")] = 30.0,
     log_interval: Annotated[float, typer.Option(min=0, help="Seconds between lines of statistics; 0: none.")] = 10.0,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's and Anthropic's clients expect it."""
-    from phase0_prototype.commands import _json
+    from phase0_prototype.commands import json_option
     from phase4_scheduler.server import serve as server
 
     engine = {
@@ -94,6 +95,7 @@ def serve(
         chat_template=chat_template,
         scheduling_policy=scheduling_policy,
         log_interval=log_interval,
+        generation_config=generation_config,
     )
     if warning := server.warn_if_open(host, options.api_keys):
         typer.echo(warning, err=True)
@@ -102,7 +104,7 @@ def serve(
             model,
             host,
             port,
-            given | _json("--settings", settings, '{"swap_bytes": 0}'),
+            given | json_option("--settings", settings, '{"swap_bytes": 0}'),
             use,
             options,
             server.Supervision(hang_timeout=hang_timeout),

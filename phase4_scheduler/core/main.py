@@ -82,6 +82,8 @@ def _serve(order: Order, channels: Any, began: float) -> None:
 def _model(order: Order) -> tuple[Any, wire.Info]:
     from module0_profiling.course.parts import Use, describe
     from phase0_prototype.cpu_memory import keep_freed_memory
+    from phase0_prototype.hub import resolve_model
+    from phase4_scheduler.core.sampling_defaults import sampling_defaults
     from phase4_scheduler.engine import build
     from phase4_scheduler.engine_config import ServingConfig
 
@@ -103,6 +105,7 @@ def _model(order: Order) -> tuple[Any, wire.Info]:
         weight_bytes=engine.model.weight_bytes,
         kv_bytes_per_token=spec.bytes_per_token,
         described=describe(use),
+        sampling_defaults=sampling_defaults(resolve_model(order.model)),
     )
 
 

@@ -143,6 +143,7 @@ class Info(_Message, frozen=True):
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
     described: str = ""  # which parts of the course run, as commands print it
+    sampling_defaults: dict[str, float] = {}  # what the checkpoint's generation_config.json says of sampling
 
 
 class Hello(_Message, frozen=True, tag="hello"):

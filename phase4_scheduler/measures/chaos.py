@@ -21,7 +21,7 @@ from phase4_scheduler.measures.chaos_plan import Ask
 from phase4_scheduler.measures.chaos_server import PATIENCE, Victim, is_gone, wait
 
 ENDS = ("stop", "length", "abort", "error")
-_LAST = re.compile(r"(\d+) requests were accepted, (\d+) stop, (\d+) length, (\d+) abort, (\d+) error")
+_LAST = re.compile(r"(\d+) requests? w(?:as|ere) accepted, (\d+) stop, (\d+) length, (\d+) abort, (\d+) error")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from phase0_prototype.sampling_params import SamplingParams
+from phase4_scheduler.core.wire import Info
 from phase4_scheduler.server.errors import bad
 from phase4_scheduler.server.fields import Generating, Int64, sampling_params
 from phase4_scheduler.server.options import ServerOptions
@@ -36,7 +37,7 @@ class ChatRequest(Generating, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
 
-def chat_params(request: ChatRequest, options: ServerOptions, vocab_size: int) -> SamplingParams:
+def chat_params(request: ChatRequest, options: ServerOptions, info: Info) -> SamplingParams:
     """The engine's parameters; without a limit the answer may fill the context.
 
     Raises:
@@ -46,7 +47,7 @@ def chat_params(request: ChatRequest, options: ServerOptions, vocab_size: int) -
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs say nothing without logprobs: set logprobs to true", "top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return sampling_params(request, options, vocab_size, max_tokens=most, logprobs=logprobs)
+    return sampling_params(request, options, info, max_tokens=most, logprobs=logprobs)
 
 
 def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from phase0_prototype.sampling_params import SamplingParams
+from phase4_scheduler.core.wire import Info
 from phase4_scheduler.server.errors import bad
 from phase4_scheduler.server.fields import Generating, Int64, sampling_params
 from phase4_scheduler.server.options import ServerOptions
@@ -47,7 +48,7 @@ def prompts_of(request: CompletionRequest, most: int) -> list[str | list[int]]:
     return given  # type: ignore[return-value]
 
 
-def completion_params(request: CompletionRequest, options: ServerOptions, vocab_size: int) -> SamplingParams:
+def completion_params(request: CompletionRequest, options: ServerOptions, info: Info) -> SamplingParams:
     """The engine's parameters. `max_tokens=0` with `echo` asks about the prompt only: one token is made and not shown.
 
     Raises:
@@ -59,9 +60,9 @@ def completion_params(request: CompletionRequest, options: ServerOptions, vocab_
     if shows_prompt_only(request):
         more["max_tokens"] = 1
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
-        params = sampling_params(request, options, vocab_size, **more)
+        params = sampling_params(request, options, info, **more)
         return replace(params, prompt_logprobs=request.logprobs)
-    return sampling_params(request, options, vocab_size, **more)
+    return sampling_params(request, options, info, **more)
 
 
 def shows_prompt_only(request: CompletionRequest) -> bool:

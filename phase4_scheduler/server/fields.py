@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 
 from phase0_prototype.sampling_params import ParameterError, SamplingParams
+from phase4_scheduler.core.wire import Info
 from phase4_scheduler.server.errors import bad
 from phase4_scheduler.server.options import ServerOptions
 
@@ -97,19 +98,21 @@ _SAME = (
 )
 
 
-def sampling_params(given: Any, options: ServerOptions, vocab_size: int, **more: Any) -> SamplingParams:
+def sampling_params(given: Any, options: ServerOptions, info: Info, **more: Any) -> SamplingParams:
     """The engine's parameters for a request.
 
     Args:
         given: a Struct with some of the fields of `Generating`.
         options: limits.
-        vocab_size: of the model.
+        info: of the model, with its defaults.
         more: `max_tokens`, `logprobs` and what else has another name in the request.
 
     Raises:
         ApiError: 400 that names the field.
     """
-    wanted = {name: value for name in _SAME if (value := getattr(given, name, None)) is not None} | more
+    defaults = info.sampling_defaults if options.generation_config == "auto" else {}
+    asked = {name: value for name in _SAME if (value := getattr(given, name, None)) is not None}
+    wanted = {**defaults, **asked, **more}
     if wanted.get("n", 1) > options.max_n:
         raise bad(f"n={wanted['n']} is more than this server allows: give at most {options.max_n}", "n")
     stop = wanted.get("stop", ())
@@ -120,9 +123,9 @@ def sampling_params(given: Any, options: ServerOptions, vocab_size: int, **more:
         if value is not None and options.max_logprobs >= 0 and not 0 <= value <= options.max_logprobs:
             shown = "top_logprobs" if name == "logprobs" and hasattr(given, "top_logprobs") else name
             raise bad(f"{shown}={value} is not allowed: give 0 to {options.max_logprobs}", shown)
-    unknown = next((i for i in wanted.get("stop_token_ids", ()) if i >= vocab_size), None)
+    unknown = next((i for i in wanted.get("stop_token_ids", ()) if i >= info.vocab_size), None)
     if unknown is not None:
-        raise bad(f"stop_token_ids holds {unknown}: the vocabulary ends at {vocab_size - 1}", "stop_token_ids")
+        raise bad(f"stop_token_ids holds {unknown}: the vocabulary ends at {info.vocab_size - 1}", "stop_token_ids")
     if getattr(given, "priority", None) and options.scheduling_policy != "priority":
         raise bad(
             f"priority={given.priority} would be ignored: the server runs with --scheduling-policy "

@@ -40,7 +40,7 @@ class GenerateRoutes:
         service.check_model(asked.model)
         prompts = prompts_of(asked, service.options.max_prompts)
         info = service.info()
-        params = completion_params(asked, service.options, info.vocab_size)
+        params = completion_params(asked, service.options, info)
         ids = [await self._ids(prompt, asked, info) for prompt in prompts]
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         job = service.open(ids, texts, params, priority=asked.priority or 0, timeout=asked.timeout)
@@ -66,7 +66,7 @@ class GenerateRoutes:
         asked = await self._read(request, ChatRequest, neutral.CHAT)
         service.check_model(asked.model)
         info = service.info()
-        params = chat_params(asked, service.options, info.vocab_size)
+        params = chat_params(asked, service.options, info)
         ids = await service.encode_chat(asked, info)
         job = service.open([ids], [None], params, priority=asked.priority or 0, timeout=asked.timeout)
         answer = ChatAnswer(
@@ -84,7 +84,7 @@ class GenerateRoutes:
         asked = await self._read(request, MessagesRequest, neutral.MESSAGES)
         service.check_model(asked.model)
         info = service.info()
-        params = messages_params(asked, service.options, info.vocab_size)
+        params = messages_params(asked, service.options, info)
         ids = await self._message_ids(asked, info)
         job = service.open([ids], [None], params)
         answer = MessagesAnswer(job, answer_id=_id("msg_"), model=service.names[0])

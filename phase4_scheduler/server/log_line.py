@@ -27,4 +27,5 @@ def last_line(service: Service) -> str:
     """What became of all requests, for the end of the log: the books balance, or something was lost."""
     ledger = service.ledger
     ends = ", ".join(f"{count} {reason}" for reason, count in ledger.ends.items())
-    return f"{ledger.accepted} requests were accepted, {ends}"
+    accepted = "1 request was" if ledger.accepted == 1 else f"{ledger.accepted} requests were"
+    return f"{accepted} accepted, {ends}"

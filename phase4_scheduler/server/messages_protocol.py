@@ -8,6 +8,7 @@ import msgspec
 
 from phase0_prototype.sampling_params import SamplingParams
 from phase4_scheduler.server.chat_protocol import text_of
+from phase4_scheduler.core.wire import Info
 from phase4_scheduler.server.errors import bad
 from phase4_scheduler.server.fields import Int64, Positive, sampling_params
 from phase4_scheduler.server.options import ServerOptions
@@ -62,7 +63,7 @@ def chat_of(request: CountRequest) -> list[dict[str, str]]:
     return chat
 
 
-def messages_params(request: MessagesRequest, options: ServerOptions, vocab_size: int) -> SamplingParams:
+def messages_params(request: MessagesRequest, options: ServerOptions, info: Info) -> SamplingParams:
     """The engine's parameters.
 
     Raises:
@@ -71,7 +72,7 @@ def messages_params(request: MessagesRequest, options: ServerOptions, vocab_size
     stop = request.stop_sequences or []
     if len(stop) > options.max_stop:
         raise bad(f"stop_sequences holds {len(stop)} strings: give at most {options.max_stop}", "stop_sequences")
-    return sampling_params(request, options, vocab_size, max_tokens=request.max_tokens, stop=stop)
+    return sampling_params(request, options, info, max_tokens=request.max_tokens, stop=stop)
 
 
 def _text(content: Any, place: str) -> str:

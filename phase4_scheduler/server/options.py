@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from phase0_prototype.errors import UserError
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -27,6 +29,8 @@ class ServerOptions:
         chat_template: a file that replaces the checkpoint's template; None: the checkpoint's.
         scheduling_policy: of the engine; a `priority` is refused where nobody would look at it.
         log_interval: seconds between two lines of statistics; 0: none.
+        generation_config: auto (requests that don't say are sampled as the checkpoint's generation_config.json says) or
+            vllm (by the API's own defaults).
         use: which implementation of the course's parts, as in "phase4=mine".
     """
 
@@ -47,4 +51,9 @@ class ServerOptions:
     chat_template: Path | None = None
     scheduling_policy: str = "fcfs"
     log_interval: float = 10.0
+    generation_config: str = "auto"
     use: str = ""
+
+    def __post_init__(self) -> None:
+        if self.generation_config not in ("auto", "vllm"):
+            raise UserError(f"--generation-config {self.generation_config!r} is not allowed: give auto or vllm")

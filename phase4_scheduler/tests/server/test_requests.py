@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phase0_prototype.sampling_params import SamplingParams
+from phase4_scheduler.core import wire
 from phase4_scheduler.server import neutral
 from phase4_scheduler.server.body import decode
 from phase4_scheduler.server.chat_protocol import ChatRequest, chat_params, plain_messages
@@ -22,7 +23,7 @@ from phase4_scheduler.server.messages_protocol import CountRequest, chat_of
 from phase4_scheduler.server.options import ServerOptions
 
 OPTIONS = ServerOptions()
-VOCAB = 4096
+INFO = wire.Info("m", 256, 4096, [0], 8, 64, 128, 16, "float32", "cpu")
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -30,7 +31,7 @@ def completion(**fields: Any) -> CompletionRequest:
 
 
 def params(**fields: Any) -> SamplingParams:
-    return completion_params(completion(**fields), OPTIONS, VOCAB)
+    return completion_params(completion(**fields), OPTIONS, INFO)
 
 
 def refused(**fields: Any) -> ApiError:
@@ -71,9 +72,17 @@ def test_null_means_the_default() -> None:
     assert params(**fields) == SamplingParams()
 
 
+def test_what_a_request_does_not_say_is_the_checkpoints() -> None:
+    info = msgspec.structs.replace(INFO, sampling_defaults={"temperature": 0.6, "top_p": 0.9, "top_k": 20})
+    asked = completion(top_p=0.5)
+    assert completion_params(asked, OPTIONS, info) == SamplingParams(temperature=0.6, top_p=0.5, top_k=20)
+    plain = ServerOptions(generation_config="vllm")
+    assert completion_params(asked, plain, info) == SamplingParams(top_p=0.5)
+
+
 def test_a_chat_answer_may_fill_the_context_and_a_completion_has_sixteen_tokens() -> None:
     asked = decode(b'{"messages": [{"role": "user", "content": "x"}]}', ChatRequest, neutral.CHAT)
-    assert chat_params(asked, OPTIONS, VOCAB).max_tokens is None
+    assert chat_params(asked, OPTIONS, INFO).max_tokens is None
     assert params().max_tokens == 16
 
 
