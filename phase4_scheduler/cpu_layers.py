@@ -21,22 +21,23 @@ from phase4_scheduler.kernels import cpu
 
 
 class Panels(Dense):
-    """The weight in panels (kernels/product.cpp), made once after loading; the plain copy is dropped."""
+    """The weight in panels (kernels/product.cpp), where its shape allows; else as `Dense` has it."""
 
     def create(self, layer: Linear) -> None:
-        """Nothing yet: the plain weight lives from the first part's load to `finish`, so few of them exist at once."""
+        """Uninitialised panels."""
+        shape = cpu.in_panels(layer.out_features, layer.in_features)
+        if shape is None or any(part.rows % cpu.COLUMNS for part in layer.parts):
+            super().create(layer)
+        else:
+            layer.weight = torch.empty(shape, dtype=layer.dtype, device=layer.device)
 
     def load(self, layer: Linear, start: int, tensor: Tensor) -> None:
-        """Copy a part into the plain weight, which is made when the first part comes."""
-        if not hasattr(layer, "weight"):
-            super().create(layer)
-        super().load(layer, start, tensor)
-
-    def finish(self, layer: Linear) -> None:
-        """Make panels, and let the plain weight go; weights that don't divide into them stay plain."""
-        n, k = layer.weight.shape
-        if n % cpu.COLUMNS == k % 2 == 0:
-            layer.weight = cpu.panels(layer.weight)
+        """Write a part where it belongs, straight from the checkpoint."""
+        if layer.weight.dim() == 2:
+            super().load(layer, start, tensor)
+        else:
+            end = start + len(tensor)
+            cpu.fill_panels(layer.weight[start // cpu.COLUMNS : end // cpu.COLUMNS], tensor)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """`cpu.product`."""

@@ -31,24 +31,22 @@ def why_not_product() -> str | None:
     return None if library.library(library.BUILD).has_product() else "this CPU has no AVX512-BF16"
 
 
-def panels(weight: Tensor) -> Tensor:
-    """A weight [n, k] bfloat16 as `product` reads it: [n / 32, k / 2, 32, 2], n a multiple of 32 and k of 2."""
-    n, k = weight.shape
-    pairs = weight.contiguous().view(torch.int32)  # [n, k / 2]
-    return (
-        pairs.view(n // COLUMNS, COLUMNS, k // 2)
-        .transpose(1, 2)
-        .contiguous()
-        .view(weight.dtype)
-        .view(n // COLUMNS, k // 2, COLUMNS, 2)
-    )
+def in_panels(n: int, k: int) -> tuple[int, int, int, int] | None:
+    """The shape of a weight [n, k] as `product` reads it, [n / 32, k / 2, 32, 2]; None where it can't be cut so."""
+    return None if n % COLUMNS or k % 2 else (n // COLUMNS, k // 2, COLUMNS, 2)
+
+
+def fill_panels(out: Tensor, weight: Tensor) -> None:
+    """Write a weight [n, k], of any dtype, into panels of the shape that `in_panels` says."""
+    pairs = weight.to(out.dtype).contiguous().view(torch.int32)  # [n, k / 2]
+    out.view(torch.int32).squeeze(-1).copy_(pairs.unflatten(0, (-1, COLUMNS)).transpose(1, 2))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, k] times the transpose of the weight [n, k], plus bias [n]: [T, n], all bfloat16.
 
     Args:
-        weight: what `panels` makes of it.
+        weight: in panels, see `in_panels`.
     """
     x = x.contiguous()
     blocks, half = weight.shape[0], weight.shape[1]

@@ -21,6 +21,12 @@ def numbers(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def panels(weight):
+    made = torch.empty(cpu.in_panels(*weight.shape), dtype=torch.bfloat16)
+    cpu.fill_panels(made, weight)
+    return made
+
+
 def assert_close(found, exact, slack):
     """Within one rounding of the exact number, and the error of float32 sums of parts as large as `slack`."""
     error = (found.double() - exact).abs()
@@ -35,13 +41,13 @@ def test_products(rows, out, inner):
     x, weight = numbers(rows, inner, dtype=torch.bfloat16), numbers(out, inner, dtype=torch.bfloat16, seed=1)
     bias = numbers(out, dtype=torch.bfloat16, seed=2)
     exact, slack = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    assert_close(cpu.product(x, cpu.panels(weight)), exact, slack)
-    assert_close(cpu.product(x, cpu.panels(weight), bias), exact + bias.double(), slack)
+    assert_close(cpu.product(x, panels(weight)), exact, slack)
+    assert_close(cpu.product(x, panels(weight), bias), exact + bias.double(), slack)
 
 
 @needs_product
 def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
-    x, weight = numbers(40, 256, dtype=torch.bfloat16), cpu.panels(numbers(96, 256, dtype=torch.bfloat16, seed=1))
+    x, weight = numbers(40, 256, dtype=torch.bfloat16), panels(numbers(96, 256, dtype=torch.bfloat16, seed=1))
     whole = cpu.product(x, weight)
     for rows in (1, 5, 12, 13, 33):
         assert torch.equal(cpu.product(x[:rows], weight), whole[:rows])
@@ -52,15 +58,17 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
 def test_products_of_inputs_that_lie_apart():
     x = numbers(6, 512, dtype=torch.bfloat16)[:, 100:228]
     weight = numbers(32, 128, dtype=torch.bfloat16, seed=1)
-    assert_close(cpu.product(x, cpu.panels(weight)), x.double() @ weight.double().T, 128.0)
+    assert_close(cpu.product(x, panels(weight)), x.double() @ weight.double().T, 128.0)
 
 
 @needs_product
 def test_panels_hold_each_number_once():
     weight = torch.arange(64 * 6).view(64, 6).to(torch.bfloat16)
-    packed = cpu.panels(weight)
+    packed = panels(weight)
     assert packed.shape == (2, 3, 32, 2)
     assert torch.equal(packed.permute(0, 2, 1, 3).reshape(64, 6), weight)
+    assert torch.equal(panels(weight.float().T.contiguous().T), packed), "another dtype and layout"
+    assert cpu.in_panels(48, 6) is cpu.in_panels(64, 5) is None
 
 
 @needs_kernels
