@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
@@ -23,9 +24,10 @@ def doctor(
     drawn.add_column("backend", no_wrap=True)
     drawn.add_column("why, or why not", overflow="fold")
     try:
-        from phase3_paged_attention.engine import explain
+        from phase0_prototype.engines import rooms_with_an_engine
 
-        for name, said in explain(model, kv_cache_dtype):
+        newest = importlib.import_module(f"{rooms_with_an_engine()[-1]}.engine")
+        for name, said in newest.explain(model, kv_cache_dtype):
             drawn.add_row(name, said, style="green" if said.startswith("chosen") else "")
     except ImportError as error:  # a machine without torch: the table above says so
         drawn.add_row("", f"can't be asked: {error}")

@@ -59,7 +59,12 @@ def build(
     return built
 
 
-def explain(model: str, kv_cache_dtype: str = "auto", device: str = "auto") -> list[tuple[str, str]]:
+def explain(
+    model: str,
+    kv_cache_dtype: str = "auto",
+    device: str = "auto",
+    more_backends: Mapping[str, backends.Make] = MappingProxyType({}),
+) -> list[tuple[str, str]]:
     """(name, why it would or would not attend) of each backend for a model here, best first; no weights are read.
 
     Raises:
@@ -68,7 +73,7 @@ def explain(model: str, kv_cache_dtype: str = "auto", device: str = "auto") -> l
     settings, use = AttentionConfig(model, device=device, kv_cache_dtype=kv_cache_dtype), Use()
     config, where = load_config(resolve_model(model), architectures=ARCHITECTURES), resolve_device(device)
     built = _unattended(settings, use, PagedLayers, config, resolve_dtype("auto", where, config.dtype), where, None, 1)
-    asked = _asked(built, use)
+    asked = _asked(built, use, more_backends)
     return backends.explained(asked, next((candidate for candidate in asked if backends.fits(candidate)), None))
 
 

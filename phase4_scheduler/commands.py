@@ -50,9 +50,7 @@ def serve(
     stream_timeout: Annotated[float, typer.Option(min=1, help="Seconds that a client may take nothing.")] = 60.0,
     sse_keep_alive_interval: Annotated[float, typer.Option(min=0, help="Seconds between comments; 0: none.")] = 0.0,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file, in place of the checkpoint's.")] = None,
-    generation_config: Annotated[
-        str, typer.Option(help="Defaults of sampling: auto (the checkpoint's), vllm.")
-    ] = "auto",
+    generation_config: Annotated[str, typer.Option(help="Sampling defaults: auto (the checkpoint's), vllm.")] = "auto",
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish in after SIGTERM.")] = 30.0,
     hang_timeout: Annotated[float, typer.Option(min=1, help="Seconds of silence of a healthy engine.")] = 30.0,
     log_interval: Annotated[float, typer.Option(min=0, help="Seconds between lines of statistics; 0: none.")] = 10.0,

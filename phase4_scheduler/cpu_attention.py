@@ -44,7 +44,7 @@ class CpuAttention(PagedTorchAttention):
             reasons.append(f"for CPUs, not {device.type}")
         elif why := why_not_cpu_kernels():
             reasons.append(why)
-        if spec.dtype not in (torch.float32, torch.bfloat16):
+        if spec.dtype not in cpu.DTYPES:
             reasons.append(f"float32 and bfloat16, not {spec.dtype}")
         if spec.kv_cache_dtype != "auto":
             reasons.append(f"caches in the model's dtype, not {spec.kv_cache_dtype}")

@@ -1,13 +1,12 @@
 """Layers of phase 4: phase 3's, and on a CPU each piece between two products as one call, and the products faster.
 
-An eager decode step of the 1.1B shape is 1,100 operators of torch, of which 89 are products: the rest does next to
-nothing and takes a fifth of the step. Here it is 180 calls. `why_not_products` and `why_not_cpu_kernels` say what a
-machine can't do; what it can't, stays torch's.
+Of the operators of an eager decode step less than a tenth are products with weights; the rest moves a few kilobytes
+and costs its calls. Here a layer is nine calls. What the kernels don't know (float16, other activations and norms)
+stays torch's.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from phase0_prototype.layers import ACTIVATIONS, MLP, RMSNorm
 from phase0_prototype.linear import Dense, Linear
-from phase2_rope import rope
 from phase3_paged_attention.layers import PagedLayers
+from phase4_scheduler import cpu_rope
 from phase4_scheduler.kernels import cpu
 
 
@@ -66,40 +65,27 @@ class CpuMLP(MLP):
         return self.down(cpu.gated(self.gate_up(x), self.name_of_activation))  # type: ignore[no-any-return]
 
 
-def rotate_and_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    slots: tuple[Tensor, Tensor],
-    kv: tuple[Tensor, Tensor],
-    *,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """See `phase2_rope.rope.rotate_and_write`."""
-    if interleaved or not cpu.can_turn(q, k, v, kv):
-        return rope.rotate_and_write(q, k, v, rotary, slots, kv, interleaved=interleaved)
-    cpu.turn_and_write(q, k, v, rotary, slots, kv)
-    return q, k
-
-
 class CpuLayers(PagedLayers):
     """See `PagedLayers`; for CPUs that `why_not_cpu_kernels` has nothing against."""
 
     def __init__(self, *described: Any, **settings: Any) -> None:
         super().__init__(*described, **settings)
+        self.served = self.dtype in cpu.DTYPES
+        if self.served:
+            self.rope: Any = cpu_rope
         if self.dtype == torch.bfloat16 and cpu.why_not_product() is None:
             self.number_format = Panels()
-        self.rope: Any = SimpleNamespace(rotate=rope.rotate, rotate_and_write=rotate_and_write)
 
     def norm(self, name: str, size: int) -> RMSNorm:
         """Root-mean-square normalisation over the last `size` numbers."""
         plain = super().norm(name, size)
-        if type(plain) is not RMSNorm:
+        if not self.served or type(plain) is not RMSNorm:
             return plain
         return CpuNorm(name, size, plain.eps, self.dtype, self.device)
 
     def mlp(self, name: str) -> nn.Module:
         """The feed-forward block."""
         plain, activation = super().mlp(name), self.config.activation
-        return CpuMLP(plain, activation) if activation in cpu.GATES and isinstance(plain, MLP) else plain
+        if not self.served or activation not in cpu.GATES or not isinstance(plain, MLP):
+            return plain
+        return CpuMLP(plain, activation)

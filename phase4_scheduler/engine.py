@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from module0_profiling.course.parts import Use, resolve
+from phase0_prototype.attention import AttentionSpec
 from phase0_prototype.engine import ROOM as PROTOTYPE
 from phase0_prototype.engine import Engine
 from phase0_prototype.engine_config import resolve_device, resolve_runner
@@ -26,6 +30,13 @@ ROOM = __name__.rpartition(".")[0]
 KERNELS_REPLACE = (PROTOTYPE, ROPE, ATTENTION)  # phases whose parts the CPU kernels are faster forms of
 
 
+def _cpu(spec: AttentionSpec, device: torch.device) -> CpuAttention:
+    return CpuAttention()
+
+
+MORE_BACKENDS = MappingProxyType({"cpu": _cpu})
+
+
 def build(
     config: ServingConfig, use: Use | None = None, advance: Callable[[int, int], None] = lambda done, total: None
 ) -> Engine:
@@ -39,8 +50,13 @@ def build(
     loop = loops.AheadLoop if runs_ahead(config, use) else loops.Loop
     more: dict[str, Any] = {}
     if why_not_on_cpu(config, use) is None:
-        more = {"layers": CpuLayers, "more_backends": {"cpu": lambda spec, device: CpuAttention()}}
+        more = {"layers": CpuLayers, "more_backends": MORE_BACKENDS}
     return attending.build(config, use, advance, schedule=schedule, loop=loop, **more)
+
+
+def explain(model: str, kv_cache_dtype: str = "auto", device: str = "auto") -> list[tuple[str, str]]:
+    """Who would attend to a model here, and why: see phase 3."""
+    return attending.explain(model, kv_cache_dtype, device, MORE_BACKENDS)
 
 
 def runs_ahead(config: ServingConfig, use: Use) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from phase4_scheduler.kernels import library
 
 COLUMNS = 32  # of a panel, see product.cpp
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -128,7 +129,9 @@ def turn_and_write(
         kv: keys and values [blocks, P, Hkv, D].
     """
     tokens, heads, dim = q.shape
-    cos, sin = (x.contiguous() for x in rotary)
+    cos, sin = rotary
+    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     blocks, places = (x.contiguous() for x in slots)
     _function("turn", q.dtype)(
         q.data_ptr(),
@@ -146,6 +149,7 @@ def turn_and_write(
         dim,
         cos.shape[-1],
         q.stride(0),
+        cos.stride(0),
         kv[0].shape[1],
         torch.get_num_threads(),
     )

@@ -59,7 +59,7 @@ template <class T> void gate(const T *x, T *out, int64_t rows, int64_t size, int
 template <class T>
 void turn_rows(T *q, T *k, const T *v, const T *cos, const T *sin, const int64_t *blocks, const int64_t *places,
                T *keys, T *values, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t half,
-               int64_t stride, int64_t page, int threads) {
+               int64_t stride, int64_t angle_stride, int64_t page, int threads) {
     auto turn = [half, dim](T *x, int64_t heads, const T *c, const T *s) {
         for (int64_t head = 0; head < heads; head++, x += dim)
 #pragma omp simd
@@ -71,8 +71,8 @@ void turn_rows(T *q, T *k, const T *v, const T *cos, const T *sin, const int64_t
     };
 #pragma omp parallel for num_threads(threads) if (tokens * (q_heads + kv_heads) * dim > ALONE)
     for (int64_t t = 0; t < tokens; t++) {
-        turn(q + t * stride, q_heads, cos + t * half, sin + t * half);
-        turn(k + t * stride, kv_heads, cos + t * half, sin + t * half);
+        turn(q + t * stride, q_heads, cos + t * angle_stride, sin + t * angle_stride);
+        turn(k + t * stride, kv_heads, cos + t * angle_stride, sin + t * angle_stride);
         const int64_t slot = (blocks[t] * page + places[t]) * kv_heads * dim;
         memcpy(keys + slot, k + t * stride, kv_heads * dim * sizeof(T));
         memcpy(values + slot, v + t * stride, kv_heads * dim * sizeof(T));
@@ -91,10 +91,10 @@ void turn_rows(T *q, T *k, const T *v, const T *cos, const T *sin, const int64_t
     }                                                                                                                  \
     extern "C" void turn_##NAME(T *q, T *k, const T *v, const T *cos, const T *sin, const int64_t *blocks,             \
                                 const int64_t *places, T *keys, T *values, int64_t tokens, int64_t q_heads,            \
-                                int64_t kv_heads, int64_t dim, int64_t half, int64_t stride, int64_t page,             \
-                                int threads) {                                                                         \
-        turn_rows(q, k, v, cos, sin, blocks, places, keys, values, tokens, q_heads, kv_heads, dim, half, stride, page, \
-                  threads);                                                                                            \
+                                int64_t kv_heads, int64_t dim, int64_t half, int64_t stride, int64_t angle_stride,     \
+                                int64_t page, int threads) {                                                           \
+        turn_rows(q, k, v, cos, sin, blocks, places, keys, values, tokens, q_heads, kv_heads, dim, half, stride,       \
+                  angle_stride, page, threads);                                                                        \
     }
 
 FOR_TYPE(float, float32)

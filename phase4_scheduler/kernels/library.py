@@ -27,7 +27,7 @@ _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float,
 SIGNATURES = {
     "norm": [*[_POINTER] * 3, *[_LONG] * 3, _FLOAT, _INT],
     "gate": [*[_POINTER] * 2, *[_LONG] * 2, _INT, _INT],
-    "turn": [*[_POINTER] * 9, *[_LONG] * 7, _INT],
+    "turn": [*[_POINTER] * 9, *[_LONG] * 8, _INT],
     "attend": [*[_POINTER] * 7, *[_LONG] * 8, _FLOAT, _FLOAT, _INT],
 }
 DTYPES = ("float32", "bfloat16")

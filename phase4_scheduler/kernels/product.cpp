@@ -68,6 +68,7 @@ extern "C" int has_product() { return 1; }
 // x [m, k], panels [n / 32][k / 2][32][2], bias [n] or null, out [m, n]; n is a multiple of 32, k even.
 extern "C" void product(const uint32_t *x, const char *panels, const bf16 *bias, bf16 *out, int64_t m, int64_t n,
                         int64_t k, int threads) {
+    if (!m) return;
     const int64_t tiles = (m + ROWS - 1) / ROWS, each = m / tiles, longer = m % tiles;  // rows of a tile: each, or + 1
     const int64_t half = k / 2, chunks = (n / COLUMNS + PANELS - 1) / PANELS;
     uint32_t *copy = m == 1 ? nullptr : (uint32_t *)malloc(m * half * sizeof(uint32_t));

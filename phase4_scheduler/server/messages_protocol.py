@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import msgspec
 
 from phase0_prototype.sampling_params import SamplingParams
-from phase4_scheduler.server.chat_protocol import text_of
 from phase4_scheduler.core.wire import Info
+from phase4_scheduler.server.chat_protocol import text_of
 from phase4_scheduler.server.errors import bad
 from phase4_scheduler.server.fields import Int64, Positive, sampling_params
 from phase4_scheduler.server.options import ServerOptions

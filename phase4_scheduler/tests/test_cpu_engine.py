@@ -30,6 +30,20 @@ def test_every_architecture_says_what_transformers_says(variant, tiny, load):
         assert said == made.logits(prompt + said)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+def test_float16_stays_with_torch(load):
+    llm = load("titan-tiny", dtype="float16", cpu_kernels="on")
+    assert not isinstance(llm.engine.runner.model.backend, CpuAttention)
+    assert len(llm.generate("import os\n", greedy(5, ignore_eos=True))[0].outputs[0].token_ids) == 5
+
+
+def test_a_step_that_wants_no_token_computes_none(load):
+    """The first piece of a long prompt: not one row goes to the head."""
+    prompt = load("titan-tiny").generate("import os\n", greedy(60, ignore_eos=True))[0].outputs[0].token_ids
+    llm = load("titan-tiny", dtype="bfloat16", max_num_batched_tokens=25)
+    (output,) = llm.generate([prompt], greedy(5, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 5
+
+
 @pytest.mark.skipif(cpu.why_not_product() is not None, reason=str(cpu.why_not_product()))
 @pytest.mark.parametrize("piece", [1, 64], ids=["by decodes", "by prompts"])
 def test_in_bfloat16_they_are_as_near_to_float32_as_torch(piece, load):

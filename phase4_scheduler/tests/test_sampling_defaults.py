@@ -28,7 +28,7 @@ def test_fields_of_sampling_are_read_and_others_are_not(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"temperature": -1}, {"top_p": "much"}, {"top_k": 0.5}], ids=str)
 def test_values_that_can_not_be_are_one_line(fields, tmp_path):
-    with pytest.raises(ConfigError, match="generation_config.json: ") as refused:
+    with pytest.raises(ConfigError, match=r"generation_config\.json: ") as refused:
         sampling_defaults(write(tmp_path, **fields))
     assert "\n" not in str(refused.value)
 
