@@ -21,7 +21,7 @@ from phase4_scheduler.measures.chaos_signals import start_time, while_starting
 from phase4_scheduler.measures.our_server import NULL
 
 REQUESTS, STREAMS, SIGNALS = 2000, 2000, 50
-DRIFT, WARM_UP, PARTS = 10_000, 2000, 10
+DRIFT, WARM_UP, PARTS = 10_000, 10_000, 10
 DRIFT_TINY, WARM_UP_TINY = 300, 100
 STOPS = ("Hola", "👋", "greet(name)", "\n\n")
 OPTIONS = ("--log-interval", "3600", "--shutdown-timeout", "120")

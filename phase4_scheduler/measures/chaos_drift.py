@@ -36,8 +36,9 @@ def drift(
         victim: the server; ready.
         asks: the requests.
         expected: their answers.
-        warm_up: requests before the first look: caches fill, and the allocator learns what is asked of it.
-        parts: looks after that.
+        warm_up: requests before the first look: caches fill, and the allocator learns what is asked of it. They come
+            in storms of the same size as those that follow, for it is the beginning of a storm that asks for most.
+        parts: looks after that, and storms.
         concurrency: requests under way together.
 
     Raises:
@@ -48,11 +49,13 @@ def drift(
     processes = (psutil.Process(victim.process.pid), engine)
     found = (Memory("API"), Memory("engine"))
     each = -(-(len(asks) - warm_up) // parts)
-    edges = [0, *range(warm_up, len(asks), each), len(asks)]
-    for begin, end in pairwise(edges):
+    edges = [*range(warm_up % each, len(asks), each), len(asks)]
+    for begin, end in pairwise([0, *edges] if edges[0] else edges):
         report = storm(victim, asks[begin:end], expected, concurrency=concurrency)
         if report.faults:
             raise CheckFailed(report.faults[0])
+        if end < warm_up:
+            continue
         for memory, process in zip(found, processes, strict=True):
             memory.sizes.append(process.memory_info().rss)
     return found
