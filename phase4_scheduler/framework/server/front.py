@@ -115,7 +115,7 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str], most: int
 
 
 async def _complete(llm: AsyncLLM, options: ServerOptions, request: CompletionRequest) -> bytes:
-    params = completion_params(request, options, llm.info.vocab_size if llm.info else 0)
+    params = completion_params(request, options, await llm.ready())
     outputs = [
         await llm.generate(prompt, params, priority=request.priority or 0, timeout=request.timeout)
         for prompt in prompts_of(request, options.max_prompts)
