@@ -13,36 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from phase0_prototype.layers import ACTIVATIONS, MLP, RMSNorm
-from phase0_prototype.linear import Dense, Linear
+from phase0_prototype.linear import Linear, best_format
 from phase3_paged_attention.layers import PagedLayers
 from phase4_scheduler import cpu_rope
 from phase4_scheduler.kernels import cpu
 
 
-class Panels(Dense):
-    """The weight in panels (kernels/product.cpp), where its shape allows; else as `Dense` has it."""
+class Panels:
+    """The weight in panels (kernels/product.cpp) where its shape allows, else in torch's best format. On CPUs."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.other = best_format(torch.device("cpu"), dtype)
 
     def create(self, layer: Linear) -> None:
         """Uninitialised panels."""
-        shape = cpu.in_panels(layer.out_features, layer.in_features)
-        if shape is None or any(part.rows % cpu.COLUMNS for part in layer.parts):
-            super().create(layer)
+        shape = _cut(layer)
+        if shape is None:
+            self.other.create(layer)
         else:
             layer.weight = torch.empty(shape, dtype=layer.dtype, device=layer.device)
 
     def load(self, layer: Linear, start: int, tensor: Tensor) -> None:
         """Write a part where it belongs, straight from the checkpoint."""
-        if layer.weight.dim() == 2:
-            super().load(layer, start, tensor)
+        if _cut(layer) is None:
+            self.other.load(layer, start, tensor)
         else:
             end = start + len(tensor)
             cpu.fill_panels(layer.weight[start // cpu.COLUMNS : end // cpu.COLUMNS], tensor)
 
+    def finish(self, layer: Linear) -> None:
+        """Nothing more for panels."""
+        if _cut(layer) is None:
+            self.other.finish(layer)
+
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """`cpu.product`."""
         if layer.weight.dim() == 2:
-            return super().apply(layer, x)
+            return self.other.apply(layer, x)
         return cpu.product(x, layer.weight, layer.bias)
+
+
+def _cut(layer: Linear) -> tuple[int, int, int, int] | None:
+    """The shape of its panels; None where it or one of its parts can't be cut into them."""
+    if any(part.rows % cpu.COLUMNS for part in layer.parts):
+        return None
+    return cpu.in_panels(layer.out_features, layer.in_features)
 
 
 class CpuNorm(RMSNorm):
@@ -74,7 +89,7 @@ class CpuLayers(PagedLayers):
         if self.served:
             self.rope: Any = cpu_rope
         if self.dtype == torch.bfloat16 and cpu.why_not_product() is None:
-            self.number_format = Panels()
+            self.number_format = Panels(self.dtype)
 
     def norm(self, name: str, size: int) -> RMSNorm:
         """Root-mean-square normalisation over the last `size` numbers."""

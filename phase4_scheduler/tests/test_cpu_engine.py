@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from phase0_prototype.linear import Linear, Part
 from phase0_prototype.sampling_params import SamplingParams
 from phase0_prototype.tests.checkpoints import VARIANTS, random_prompt
 from phase0_prototype.tests.conftest import one_thread  # noqa: F401  the same fixture here
@@ -28,6 +29,21 @@ def test_every_architecture_says_what_transformers_says(variant, tiny, load):
     for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
         said = output.outputs[0].token_ids
         assert said == made.logits(prompt + said)[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.skipif(cpu.why_not_product() is not None, reason=str(cpu.why_not_product()))
+@pytest.mark.parametrize("rows", [(64, 32, 32), (40, 24, 64)], ids=["panels", "not cut"])
+def test_a_layer_of_parts_multiplies_by_all_of_them(rows):
+    parts = tuple(Part(f"part{i}", n) for i, n in enumerate(rows))
+    made = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    layer = Linear(parts, 48, bias=True, number_format=Panels(torch.bfloat16), **made)
+    x, weight, bias = torch.randn(5, 48), torch.randn(sum(rows), 48), torch.randn(sum(rows))
+    layer.bias.copy_(bias)
+    for part, piece in zip(parts, weight.split(rows), strict=True):
+        layer._weight_loader(sum(rows[: parts.index(part)]))(piece)
+    assert layer.weight.dim() == (4 if rows[0] == 64 else 2)
+    x, weight, bias = (tensor.bfloat16().float() for tensor in (x, weight, bias))
+    torch.testing.assert_close(layer(x.bfloat16()).float(), x @ weight.T + bias, atol=0.1, rtol=2**-7)
 
 
 def test_float16_stays_with_torch(load):
