@@ -1,7 +1,7 @@
 """The C++ of this folder as functions of tensors. What each computes is torch's: the tests hold them against it.
 
-A call costs 3 us, of which the half is ctypes: an address is a number, and numbers are converted one by one. All
-tensors are on the CPU, float32 or bfloat16, and sums are kept in float32.
+All tensors are on the CPU, float32 or bfloat16, and sums are kept in float32. Addresses and sizes are passed as they
+are: who calls has to see to it that the tables name blocks of the cache.
 """
 
 from __future__ import annotations
