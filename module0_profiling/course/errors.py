@@ -12,6 +12,10 @@ class CourseError(ValueError):
     is_user_error = True  # `titan` prints it as one line
 
 
+class CannotMeasure(CourseError):
+    """What a measure needs is not here, and only the measure knows: neither passed nor failed. The text says what."""
+
+
 class LearnerCodeError(CourseError):
     """The learner's file does not load; the text is `file:line: error`."""
 

@@ -15,7 +15,7 @@
     because = "Without a cache, n tokens cost n(n+1)/2 forward tokens."
 
 An exact gate may name a pytest node instead of `measure`: `pytest = "phase0_prototype/tests/test_kv_cache.py"`. Its
-value is the number of failing tests.
+value is the number of failing tests. A measure that finds that it can't be taken here raises `CannotMeasure`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Literal
 
 from module0_profiling import rooms
 from module0_profiling.course import needs, nodes
-from module0_profiling.course.errors import CourseError, blame
+from module0_profiling.course.errors import CannotMeasure, CourseError, blame
 from module0_profiling.course.gates import Gate, Measured
 from module0_profiling.course.parts import Use, framework_of, package_of, workspace_of
 
@@ -63,7 +63,7 @@ def grade(
     wrong: dict[str, str] = {}
     for gate in gates:
         starting(gate)
-        missing = needs.absent(gate.needs)
+        missing = needs.absent(gate.needs) or (needs.absent("pytest") if gate.pytest else None)
         if missing:
             yield Outcome(gate, "not measured", detail=missing)
             continue
@@ -127,6 +127,8 @@ def _measure(gate: Gate, room: str, use: Use, root: Path) -> Outcome:
     try:
         answer = gate.function()(use)
         measured = answer if isinstance(answer, Measured) else Measured(_number(answer, gate))
+    except CannotMeasure as error:
+        return Outcome(gate, "not measured", detail=str(error))
     except CourseError as error:
         return Outcome(gate, "failed", detail=str(error), crashed=True)
     except (Exception, SystemExit) as error:

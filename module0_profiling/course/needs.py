@@ -55,6 +55,7 @@ def _absent(need: str) -> str | None:
             lambda: Path(os.environ.get("TITAN_VLLM_PYTHON", ".peers/vllm/bin/python")).is_file(),
             "needs vLLM in an environment of its own: phase4_scheduler/measures/vllm_peer.py says how",
         ),
+        "pytest": (lambda: _installed("pytest"), "needs pytest, which make setup installs"),
         "rust": (lambda: shutil.which("cargo") or shutil.which("rustc"), "needs Rust: https://rustup.rs"),
     }
     found, missing = tools.get(

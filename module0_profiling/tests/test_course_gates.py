@@ -161,6 +161,23 @@ def test_tests_that_are_all_skipped_pass_nothing(root: Path) -> None:
     assert "no such card" in outcome.detail
 
 
+def test_tests_where_there_is_no_pytest_are_not_the_learners_fault(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "_installed", lambda package: package != "pytest")
+    outcomes = graded(root, "solution", "0.1", "0.1-tests")
+    assert outcomes["0.1"].status == "passed"
+    assert outcomes["0.1-tests"] == Outcome(
+        outcomes["0.1-tests"].gate, "not measured", detail="needs pytest, which make setup installs"
+    )
+
+
+def test_a_measure_may_find_that_it_can_not_be_taken_here(root: Path) -> None:
+    raises = "from module0_profiling.course.errors import CannotMeasure; raise CannotMeasure('no such unit')"
+    fake_course.edit(root / "phase1_beta/checks.py", "return 0", raises)
+    outcome = next(grade(gates.load("phase1", root), "phase1_beta", Use(), root))
+    assert (outcome.status, outcome.value, outcome.detail) == ("not measured", None, "no such unit")
+    assert exit_status([outcome]) == grading.NOTHING_MEASURED
+
+
 def test_a_missing_pytest_node_passes_nothing(root: Path) -> None:
     fake_course.edit(root / "phase0_alpha/gates.toml", "tests/test_sums.py", "tests/test_other.py")
     outcome = graded(root, "solution", "0.1-tests")["0.1-tests"]
