@@ -7,13 +7,13 @@ from functools import partial
 
 from module0_profiling.bench import Options, figure, ratio
 from module0_profiling.bench_gpu import CheckFailed
+from module0_profiling.course.errors import CannotMeasure
 from module0_profiling.course.gates import Measured
 from module0_profiling.course.parts import Use
 from module0_profiling.results import Figure
 from phase0_prototype.bandwidth import decode_shares
 from phase0_prototype.workloads import SHAPE, TINY, random_checkpoint, random_prompts, run_ours
 from phase4_scheduler.kernels import cpu
-from phase4_scheduler.kernels.library import why_not_cpu_kernels
 from phase4_scheduler.llm import LLM
 
 BATCHES = (1, 8, 16, 32)
@@ -28,7 +28,7 @@ def cpu_step(options: Options) -> tuple[Figure, ...]:
     Raises:
         CheckFailed: the kernels can't run here.
     """
-    if why := why_not_cpu_kernels() or cpu.why_not_product():
+    if why := cpu.why_not_product():
         raise CheckFailed(why)
     make = partial(LLM, device="cpu", dtype="bfloat16", max_model_len=1024, max_num_seqs=BATCHES[-1], num_blocks=512)
     with random_checkpoint(SHAPE, options.checkpoint) as directory:
@@ -63,7 +63,13 @@ def _decode(llm: LLM, batch: int, new: int, seed: int) -> float:
 
 
 def faster_by_kernels(use: Use) -> Measured:
-    """Times that torch's operators need of the CPU kernels' time for decode steps of eight: titan-tiny, bfloat16."""
+    """Times that torch's operators need of the CPU kernels' time for decode steps of eight: titan-tiny, bfloat16.
+
+    Raises:
+        CannotMeasure: the kernels can't run here.
+    """
+    if why := cpu.why_not_product():
+        raise CannotMeasure(why)
     make = partial(LLM, TINY, device="cpu", dtype="bfloat16", use=use, num_blocks=256)
     llms = {way: make(cpu_kernels=setting) for way, setting in WAYS.items()}
     seconds: dict[str, list[float]] = {way: [] for way in llms}
